@@ -1,0 +1,187 @@
+"""Find a checkpoint, check that its files are whole, and read tensors from it with numpy."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamgauge.errors import CheckpointError, HubError, UnknownModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine: the name it was asked for by, its folder, its weight files, its revision."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    revision: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        config: dict[str, Any] = _read_json(self.folder / "config.json")
+        return config
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None, *, fetch: bool = True) -> Checkpoint:
+    """The checkpoint in a folder, in the hub cache, or (fetch) on the Hugging Face hub.
+
+    A folder on this machine goes before a hub repository of the same name.
+    Raises UnknownModelError, HubError, or CheckpointError where its files are missing, pickled or damaged.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _inspect(str(name), folder.resolve(), revision)
+    if folder.is_file() or str(name).startswith((".", "/", "~")):
+        raise UnknownModelError(f"{name} is not a folder with a checkpoint; name a folder or a hub repository.")
+    snapshot = _cached_snapshot(str(name), revision)
+    if snapshot is None:
+        if not fetch:
+            raise UnknownModelError(f"{name} is not in the hub cache of this machine; name it with --model to fetch it.")
+        snapshot = _download(str(name), revision)
+    return _inspect(str(name), snapshot, revision or snapshot.name)
+
+
+def is_cached(repository: str) -> bool:
+    """Whether the hub cache of this machine holds weights of the repository; asks no network, imports nothing heavy."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return any(any((folder / name).exists() for name in (SINGLE, INDEX)) for folder in snapshots.glob("*"))
+
+
+def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except HFValidationError:
+        raise UnknownModelError(f"{repository!r} is neither a folder nor a hub repository's name.") from None
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any((folder / name).exists() for name in (SINGLE, INDEX)) else None
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = repository if revision is None else f"{repository} at revision {revision}"
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED_FROM_HUB))
+    except GatedRepoError:
+        raise HubError(f"the hub keeps {where} behind a licence; accept it there and log in with `hf auth login`.") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise UnknownModelError(f"the hub has no {where}; check the name, or name a folder.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HubError(
+            f"the hub could not be reached for {where} ({type(error).__name__}); "
+            "try again with a network, or name a folder on this machine."
+        ) from error
+
+
+def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; name the folder that save_pretrained wrote.")
+    _read_json(folder / "config.json")
+    files = tuple(_weight_files(folder))
+    for file in files:
+        with _open(file):
+            pass
+    return Checkpoint(name, folder, files, revision)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
+        strays = [s for s in shards if not isinstance(s, str) or Path(s).name != s]
+        if strays:
+            raise CheckpointError(f"{folder / INDEX} names {strays[0]!r}, which is not a file of that folder; refused.")
+        missing = sorted(s for s in shards if not (folder / s).is_file())
+        if missing:
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names; copy the checkpoint again.")
+        if shards:
+            return [folder / s for s in sorted(shards)]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+        raise CheckpointError(
+            f"{folder} holds pickled weights only, which can run code when they are opened; "
+            "convert them with save_pretrained(safe_serialization=True) where you trust them."
+        )
+    raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there.")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); copy the checkpoint again.") from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt ({error}); copy the checkpoint again.") from error
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """The sha256 of the weight file, or of the lines `sha256 name` of the shards."""
+    digests = [(_sha256(path), path.name) for path in checkpoint.files]
+    if len(digests) == 1:
+        return digests[0][0]
+    return hashlib.sha256("".join(f"{digest} {name}\n" for digest, name in digests).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Every tensor's name, and the file it lies in."""
+    names: dict[str, Path] = {}
+    for path in checkpoint.files:
+        with _open(path) as file:
+            names.update(dict.fromkeys(file.keys(), path))
+    return names
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> str:
+    """The dtypes in the files' headers as safetensors spells them, such as `F16` or `BF16, F32`."""
+    dtypes: set[str] = set()
+    for path in checkpoint.files:
+        with _open(path) as file:
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return ", ".join(sorted(dtypes))
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor as numpy; bf16 comes as ml_dtypes.bfloat16. Raises CheckpointError where it is not there."""
+    import ml_dtypes  # noqa: F401  importing it teaches safetensors' numpy side about bf16
+
+    with _open(path) as file:
+        array: np.ndarray = file.get_tensor(name)
+        return array

@@ -1,0 +1,69 @@
+"""The convention of the sources, in closed form: LayerNorm folded into the next weights, writing weights centred.
+
+With c(x) = x - mean(x) over d_model, for models whose norms centre (LayerNorm):
+resid and sublayer outputs are c(raw); W_V is gain * W_V, then minus its mean over d_model; W_O is minus its mean over
+d_model. For RMSNorm the streams are raw, W_V is gain * W_V, W_O raw. All functions are numpy, in the caller's dtype.
+"""
+
+import numpy as np
+
+
+def centre(x: np.ndarray) -> np.ndarray:
+    """x minus its mean over the last axis."""
+    return x - x.mean(-1, keepdims=True)
+
+
+def fold_reading(weight: np.ndarray, gain: np.ndarray, centres: bool) -> np.ndarray:
+    """A reading weight (…, d_model, d_head) with the gain (d_model,) of the norm before it folded in."""
+    folded: np.ndarray = gain[:, None] * weight
+    return folded - folded.mean(-2, keepdims=True) if centres else folded
+
+
+def fold_writing(weight: np.ndarray, centres: bool) -> np.ndarray:
+    """A writing weight (…, d_head, d_model), centred where the next norm ignores the mean anyway."""
+    return centre(weight) if centres else weight
+
+
+def expand_heads(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """Grouped key or value weights (n_kv, d_model, d_head) repeated for the query heads that share them."""
+    return np.repeat(weight, n_heads // len(weight), axis=0)
+
+
+def ov_grams(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """W_V^T W_V and W_O W_O^T in fp64, each (n_heads, d_head, d_head), from (n_heads, d_model, d_head) and its mirror."""
+    V, O = W_V.astype(np.float64), W_O.astype(np.float64)  # noqa: E741
+    return V.swapaxes(-1, -2) @ V, O @ O.swapaxes(-1, -2)
+
+
+def ov_norms(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frobenius and spectral norms of W_V W_O per head, shapes (n_heads,), without forming the product.
+
+    The squared Frobenius norm is tr(W_V^T W_V · W_O W_O^T); the squared spectral norm is the largest eigenvalue of
+    R (W_O W_O^T) R with R the symmetric root of W_V^T W_V.
+    """
+    reading, writing = ov_grams(W_V, W_O)
+    frobenius = np.sqrt(np.maximum((reading * writing.swapaxes(-1, -2)).sum((-1, -2)), 0))
+    values, vectors = np.linalg.eigh(reading)
+    root = (vectors * np.sqrt(np.maximum(values, 0))[:, None, :]) @ vectors.swapaxes(-1, -2)
+    largest = np.linalg.eigvalsh(root @ writing @ root)[:, -1]
+    return frobenius, np.sqrt(np.maximum(largest, 0))
+
+
+def random_inputs(n: int, d_model: int, centres: bool, seed: int) -> np.ndarray:
+    """What a norm without gain makes of Gaussian vectors: mean 0 and variance 1 (LayerNorm), or unit RMS; (n, d_model)."""
+    x = np.random.default_rng(seed).standard_normal((n, d_model))
+    x = centre(x) if centres else x
+    return x / np.sqrt((x**2).mean(-1, keepdims=True))
+
+
+def response_tolerance(eigenvalues: np.ndarray, n: int, false_alarm: float) -> float:
+    """How far the mean of n squared responses to random_inputs may lie from its expectation, sum(eigenvalues).
+
+    eigenvalues are those of the response's quadratic form, d/k · sigma_i² with k the inputs' degrees of freedom.
+    Laurent and Massart (2000, lemma 1) bound a weighted sum of squared Gaussians: with probability at least
+    1 - exp(-t) it exceeds its mean by no more than 2|a|√t + 2·max(a)·t, and the lower side is closer. A normalised
+    Gaussian vector is the conditional mean of a Gaussian one given its direction, so by Jensen its moment generating
+    function is no larger and the same bound holds.
+    """
+    t = np.log(2 / false_alarm)
+    return float(2 * np.sqrt((eigenvalues**2).sum() * t / n) + 2 * eigenvalues.max() * t / n)

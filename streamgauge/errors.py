@@ -1,0 +1,37 @@
+"""What can go wrong, each error one sentence that says what is wrong and what to do."""
+
+
+class StreamgaugeError(Exception):
+    """Base of every error that streamgauge raises on purpose; its text is written for the user."""
+
+
+class UnknownModelError(StreamgaugeError):
+    """No folder, catalogued model or hub repository has this name."""
+
+
+class CheckpointError(StreamgaugeError):
+    """The checkpoint cannot be used: missing, truncated, pickled, unsupported or inconsistent."""
+
+
+class HubError(StreamgaugeError):
+    """The hub could not be reached, or refused."""
+
+
+class PromptError(StreamgaugeError):
+    """The prompts cannot be used with this model."""
+
+
+class RecordError(StreamgaugeError):
+    """The record file is damaged, or of another format."""
+
+
+class StoreError(StreamgaugeError):
+    """The store cannot be written."""
+
+
+class NotApplicable(StreamgaugeError):
+    """The quantity does not exist on this model or in this record; the text is the reason."""
+
+
+class NotMeasured(StreamgaugeError):
+    """The quantity exists but could not be measured; the text is the reason."""

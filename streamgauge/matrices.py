@@ -1,0 +1,44 @@
+"""A checkpoint's own matrices, read with numpy alone by the places that its record notes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamgauge.checkpoint import Checkpoint, read_tensor, tensor_names
+from streamgauge.convention import expand_heads, fold_reading, fold_writing
+from streamgauge.errors import CheckpointError, NotApplicable
+from streamgauge.record import Record
+from streamgauge.weights import strided
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """W_V and W_O of a checkpoint by layer, in the convention, fp64."""
+
+    checkpoint: Checkpoint
+    record: Record
+
+    @property
+    def centres(self) -> bool:
+        """Whether the norms before the weights subtract the mean."""
+        return bool(self.record.metadata["centres"])
+
+    def W_V(self, layer: int) -> np.ndarray:
+        """Shape (n_heads, d_model, d_head); grouped heads are repeated."""
+        n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
+        gain = self.record.array("weights/ln1_gain")[layer]
+        return expand_heads(fold_reading(self._read("W_V", layer), gain, self.centres), n_heads)
+
+    def W_O(self, layer: int) -> np.ndarray:
+        """Shape (n_heads, d_head, d_model)."""
+        return fold_writing(self._read("W_O", layer), self.centres)
+
+    def _read(self, name: str, layer: int) -> np.ndarray:
+        places = self.record.metadata["matrices"].get(name)
+        if not places:
+            raise NotApplicable(f"{name} of this architecture is not a plain view of a tensor in the file")
+        place = places[layer]
+        view = strided(read_tensor(tensor_names(self.checkpoint)[place["tensor"]], place["tensor"]), place)
+        if view is None:
+            raise CheckpointError(f"{self.checkpoint.folder} and its record disagree on {place['tensor']}; measure again.")
+        return view.astype(np.float64)

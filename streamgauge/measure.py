@@ -1,0 +1,120 @@
+"""Measure a checkpoint: one function from a name to a record."""
+
+import importlib.metadata
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
+from streamgauge.prompts import Prompts, read_prompts, sample, tokenise
+from streamgauge.record import Record
+
+INSTRUMENT = 1  # raise it whenever a change here or in a group alters what is measured
+
+
+def measure(
+    model: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    prompts: Path | None = None,
+    device: str = "cpu",
+    show: bool = False,
+) -> Record:
+    """Measure a checkpoint folder or hub model: groups `stream` and `weights`.
+
+    prompts: a file with one prompt a line instead of the built-in set. show: progress on stderr.
+    Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
+
+    >>> record = measure("./checkpoint")  # doctest: +SKIP
+    >>> record.resid_pre.shape  # layers, tokens  # doctest: +SKIP
+    (16, 1304)
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
+    texts = read_prompts(prompts)
+    return _measure(checkpoint, texts, built_in=prompts is None, device=device, show=show)
+
+
+def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, show: bool) -> Record:
+    from streamgauge import model as opening
+    from streamgauge import stream, weights
+
+    started = time.monotonic()
+    model = opening.load_model(checkpoint, device)
+    integrity = weights.measure_integrity(model)
+    rows = _prompts(checkpoint, model, texts, built_in, broken=bool(integrity["not_finite"]))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    names = weights.parameter_names(model)
+    bridge = opening.build_bridge(model)
+    layout = opening.probe_layout(bridge)
+
+    metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
+    arrays = {}
+    if integrity["not_finite"]:
+        reason = f"the weights are not finite: {integrity['not_finite'][0]}"
+        metadata["failed"] = {"stream": reason, "weights": reason}
+    else:
+        arrays = {f"weights/{k}": v for k, v in weights.measure_weights(bridge, layout).items()}
+        metadata["matrices"] = weights.locate_matrices(bridge, names, checkpoint)
+        metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
+        readings, absent = stream.measure_stream(bridge, layout, rows, show)
+        metadata["absent"] = {f"stream/{name}": why for name, why in absent.items()}
+        overflow = _first_not_finite(readings)
+        if overflow:
+            metadata["failed"] = {"stream": overflow}
+        else:
+            arrays |= {f"stream/{k}": v for k, v in readings.items()}
+    metadata["seconds"] = round(time.monotonic() - started, 3)
+    metadata["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Record(arrays, metadata)
+
+
+def _prompts(checkpoint: Checkpoint, model: Any, texts: list[str], built_in: bool, *, broken: bool) -> Prompts:
+    """The prompts in the model's tokens, or text sampled from the model where its tokenizer cannot write them."""
+    from streamgauge.model import context_length
+
+    context, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
+    rows = tokenise(checkpoint.folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
+    if rows is not None or broken:
+        return rows or Prompts([], "none", None)
+    bos = model.config.get_text_config().bos_token_id
+    usable = isinstance(bos, int) and bos < vocabulary
+    return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
+
+
+def _first_not_finite(readings: dict[str, Any]) -> str | None:
+    import numpy as np
+
+    for name, values in readings.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            layer = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+            return f"the forward pass gave NaN or Inf, first in {name} of layer {layer}, although every weight is finite"
+    return None
+
+
+def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> dict[str, Any]:
+    norm = "LayerNorm" if layout.centres else "RMSNorm"
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "weights_sha256": weights_sha256(checkpoint),
+        "architecture": type(model).__name__,
+        "stored_dtype": stored_dtypes(checkpoint),
+        "arithmetic": "float32",
+        "norm": norm if layout.has_ln1 else f"{norm}, none before the attention",
+        "centres": layout.centres,
+        "parallel": layout.parallel,
+        "pre_norm": layout.pre_norm,
+        "epsilon": layout.epsilon,
+        "convention": "folded, centred" if layout.centres else "folded, not centred",
+        "n_layers": layout.n_layers,
+        "d_model": layout.d_model,
+        "instrument": INSTRUMENT,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")},
+        "device": device,
+        "matrices": {},
+        "absent": {},
+        "failed": {},
+    }
+
+

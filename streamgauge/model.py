@@ -1,0 +1,155 @@
+"""Open a checkpoint in TransformerLens's raw bridge, and find out what its norms do. Imports torch inside functions."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.checkpoint import Checkpoint
+from streamgauge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
+
+
+def load_model(checkpoint: Checkpoint, device: str) -> Any:
+    """The checkpoint as a plain Hugging Face causal language model: fp32, eager attention, eval mode.
+
+    Raises CheckpointError for an architecture that transformers or the bridge does not know, and for weights that do
+    not fill the model that config.json describes.
+    """
+    import torch
+    import transformers
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _unsupported(checkpoint, str(error)) from error
+    named = (getattr(config, "architectures", None) or [None])[0]
+    auto = transformers.AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise _unsupported(checkpoint, f"{named or config.model_type} is not a causal language model")
+    architecture = auto._model_mapping[type(config)].__name__
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise _unsupported(checkpoint, f"TransformerLens has no bridge for {architecture}")
+    try:
+        model, loading = auto.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"the weights in {checkpoint.folder} do not fit its config.json ({_first_line(error)}).") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first: "
+            "the checkpoint is truncated or its config belongs to another model."
+        )
+    return model.to(device).eval()
+
+
+def _unsupported(checkpoint: Checkpoint, why: str) -> CheckpointError:
+    return CheckpointError(f"the architecture of {checkpoint.folder} is not supported: {_first_line(why)}.")
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:300]
+
+
+def context_length(config: Any) -> int:
+    """How many positions the model has; 2048 where its architecture sets no limit."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((int(v) for v in (getattr(text, n, None) for n in names) if v), 2048)
+
+
+def build_bridge(model: Any) -> Any:
+    """The raw bridge around a loaded model, which it changes in place; no tokenizer, no weight processing."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the convention needs to know of a model.
+
+    centres: whether the norms that read the stream subtract its mean (LayerNorm). gains, biases: of each block's first
+    norm, (n_layers, d_model), ones and zeros where no norm precedes the attention. pre_norm: whether blocks add to the
+    stream and leave it otherwise alone. parallel: whether attention and MLP both read resid_pre.
+    """
+
+    centres: bool
+    gains: np.ndarray
+    biases: np.ndarray
+    has_ln1: bool
+    pre_norm: bool
+    parallel: bool
+    epsilon: float
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.gains)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the stream."""
+        return int(self.gains.shape[1])
+
+
+def probe_layout(bridge: Any) -> Layout:
+    """Find out by trying: norms are run on known vectors, and a block on two tokens."""
+    import torch
+
+    d_model, blocks = bridge.cfg.d_model, list(bridge.blocks)
+    gains, biases, centring = np.ones((len(blocks), d_model)), np.zeros((len(blocks), d_model)), []
+    has_ln1 = "ln1" in blocks[0].submodules
+    seen: dict[str, torch.Tensor] = {}
+    watched = ["hook_resid_pre", *(["ln1.hook_in"] if has_ln1 else [])]
+    hooks = [(f"blocks.0.{name}", lambda x, hook, name=name: seen.update({name: x})) for name in watched]
+    with torch.no_grad():
+        ids = torch.tensor([[1, 0]], device=next(bridge.original_model.parameters()).device)
+        with bridge.hooks(fwd_hooks=hooks):
+            bridge(ids, return_type=None)
+        pre_norm = not has_ln1 or torch.equal(seen["hook_resid_pre"], seen["ln1.hook_in"])
+        if has_ln1 and pre_norm:
+            for layer, block in enumerate(blocks):
+                gains[layer], biases[layer], centres = _probe_norm(block.ln1.original_component, d_model)
+                centring.append(centres)
+    return Layout(
+        centres=bool(centring) and all(centring),
+        gains=gains,
+        biases=biases,
+        has_ln1=has_ln1 and pre_norm,
+        pre_norm=pre_norm,
+        parallel="blocks.0.hook_resid_mid" not in bridge.hook_dict,
+        epsilon=float(bridge.cfg.eps),
+    )
+
+
+def _probe_norm(norm: Any, d_model: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Gain, bias and whether it centres, for any norm, however its parameters are written (Gemma stores gain - 1)."""
+    import torch
+
+    parameter = next(norm.parameters(), torch.zeros(1))
+    signs = torch.ones(d_model, device=parameter.device)
+    signs[1::2] = -1
+    bias = norm(torch.zeros_like(signs)[None, None])[0, 0]
+    output = norm(PROBE_SIZE * signs[None, None])[0, 0]
+    shifted = norm(PROBE_SIZE * (signs[None, None] + 0.5))[0, 0]
+    scale = float(torch.linalg.vector_norm(output - bias)) or 1.0
+    centres = float(torch.linalg.vector_norm(shifted - output)) < 1e-3 * scale
+    gain = (output - bias) * signs
+    return gain.double().cpu().numpy(), bias.double().cpu().numpy(), centres

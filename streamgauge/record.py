@@ -1,0 +1,123 @@
+"""The record: everything a law needs to know about one checkpoint, in one small file read with numpy alone.
+
+Arrays are named `group/name`:
+
+==========================  ==================  =======================================================
+stream/resid_pre            (n_layers, n_tok)   norm of the residual stream at each block's input
+stream/resid_mid            (n_layers, n_tok)   norm between attention and MLP (sequential blocks only)
+stream/resid_post           (n_layers, n_tok)   norm of the residual stream at each block's output
+stream/attn_out, mlp_out    (n_layers, n_tok)   norms of what the two sublayers add
+stream/pre_dot_attn         (n_layers, n_tok)   inner product of resid_pre and attn_out
+stream/mid_dot_mlp          (n_layers, n_tok)   inner product of resid_mid and mlp_out (of resid_pre in parallel blocks)
+stream/additivity_error     (n_layers, n_tok)   norm of resid_post - resid_pre - attn_out - mlp_out
+stream/ln1_scale            (n_layers, n_tok)   what the first norm of the block divides by, read off its output
+stream/ln1_residual         (n_layers, n_tok)   relative part of that norm's output that scaling does not explain
+stream/prompt, position     (n_tok,)            which prompt, and where in it
+stream/is_bos, is_padding   (n_tok,)            booleans
+weights/W_OV_frobenius      (n_layers, n_heads) Frobenius norm of W_V W_O, in the convention
+weights/W_OV_spectral       (n_layers, n_heads) largest singular value of the same
+weights/ln1_gain            (n_layers, d_model) the gain folded into W_V (ones where no norm precedes it)
+==========================  ==================  =======================================================
+
+All norms are L2 over d_model in the folded and centred convention (see `streamgauge.convention`), without unit.
+Rows that a published record does not cover are NaN. `metadata["absent"]` says why an array is missing.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreError
+
+FORMAT = "streamgauge-record-1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Arrays by `group/name`, and JSON metadata (model, revision, weights_sha256, convention, versions, absent …)."""
+
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray:
+        """The array called `group/name`.
+
+        Raises NotApplicable where this model or record has none, NotMeasured where measuring it failed.
+        """
+        if name in self.arrays:
+            return self.arrays[name]
+        group = name.split("/")[0]
+        for reasons, error in ((self.metadata["failed"], NotMeasured), (self.metadata["absent"], NotApplicable)):
+            for key in (name, group):
+                if key in reasons:
+                    raise error(reasons[key])
+        raise NotApplicable(f"the record has no {name}")
+
+    @property
+    def resid_pre(self) -> np.ndarray:
+        """Norms at each block's input, shape (n_layers, n_tokens)."""
+        return self.array("stream/resid_pre")
+
+    @property
+    def resid(self) -> np.ndarray:
+        """Norms at each block's input and after the last block, shape (n_layers + 1, n_tokens)."""
+        return np.vstack([self.resid_pre, self.array("stream/resid_post")[-1:]])
+
+    @property
+    def is_text(self) -> np.ndarray:
+        """Which tokens are text: not at position 0, where norms follow a law of their own, and not padding."""
+        return (self.array("stream/position") > 0) & ~self.array("stream/is_padding").astype(bool)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.metadata["n_layers"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the record; the file appears whole or not at all.
+
+        Raises StoreError where the folder cannot be written.
+        """
+        from safetensors.numpy import save
+
+        path = Path(path)
+        header = {"format": FORMAT, "record": json.dumps(self.metadata, allow_nan=False)}
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save(arrays, metadata=header))
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror}; name a folder that can be written.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """Read a record. Raises RecordError where the file is missing, damaged or no record."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise RecordError(f"{path} is not a streamgauge record of format {FORMAT}; measure again.")
+                return cls({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["record"]))  # noqa: SIM118
+        except FileNotFoundError:
+            raise RecordError(f"there is no record {path}; make one with: python -m streamgauge measure.") from None
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RecordError(f"the record {path} is damaged ({error}); delete it and measure again.") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

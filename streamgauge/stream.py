@@ -1,0 +1,126 @@
+"""The `stream` group: norms of what flows through the residual stream, reduced inside the hooks of one forward pass."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.model import Layout
+from streamgauge.prompts import Prompts
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_TOKENS = 1024
+NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
+POST_NORM = "post-norm blocks normalise the stream itself, so sublayers do not simply add to it"
+NO_LN1 = "no norm precedes the attention"
+
+
+def measure_stream(bridge: Any, layout: Layout, prompts: Prompts, show: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have."""
+    import torch
+    from tqdm import tqdm
+
+    n_tokens = sum(map(len, prompts.rows))
+    starts = np.cumsum([0, *map(len, prompts.rows)])
+    batches = list(prompts.batches(BATCH_TOKENS))
+    arrays: dict[str, np.ndarray] = {}
+    device = next(bridge.original_model.parameters()).device
+    with torch.no_grad():
+        for batch in tqdm(batches, "forward pass", unit="batch", disable=not show):
+            meter = _Meter(bridge, layout)
+            ids = torch.tensor([prompts.rows[i] for i in batch], device=device)
+            with bridge.hooks(fwd_hooks=meter.hooks()):
+                bridge(ids, return_type=None)
+            columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
+            for name, rows in meter.readings.items():
+                target = arrays.setdefault(name, np.full((layout.n_layers, n_tokens), np.nan, np.float32))
+                for layer, values in rows.items():
+                    target[layer, columns] = values
+    arrays |= _tokens(prompts, starts)
+    return arrays, _absent(layout)
+
+
+def _tokens(prompts: Prompts, starts: np.ndarray) -> dict[str, np.ndarray]:
+    lengths = np.diff(starts)
+    ids = np.concatenate(prompts.rows)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    return {
+        "prompt": np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
+        "position": position.astype(np.int32),
+        "is_bos": (position == 0) & (ids == (-1 if prompts.bos is None else prompts.bos)),
+        "is_padding": np.zeros(len(ids), bool),
+    }
+
+
+def _absent(layout: Layout) -> dict[str, str]:
+    reasons = {"resid_mid": NO_MID} if layout.parallel else {}
+    if not layout.pre_norm:
+        reasons |= dict.fromkeys(["additivity_error", "attn_out", "mlp_out", "pre_dot_attn", "mid_dot_mlp", "resid_mid"], POST_NORM)
+    if not layout.has_ln1:
+        reasons |= dict.fromkeys(["ln1_scale", "ln1_residual"], NO_LN1 if layout.pre_norm else POST_NORM)
+    return reasons
+
+
+class _Meter:
+    """Hooks that keep one block's activations just long enough to take their norms."""
+
+    def __init__(self, bridge: Any, layout: Layout) -> None:
+        self.bridge, self.layout = bridge, layout
+        self.block: dict[str, torch.Tensor] = {}
+        self.readings: dict[str, dict[int, np.ndarray]] = {}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """What bridge.hooks takes; the hook on resid_post comes last in each block and empties it."""
+        names = ["hook_resid_pre", "hook_resid_post"]
+        if self.layout.pre_norm:
+            names += ["hook_attn_out", "hook_mlp_out"] + ([] if self.layout.parallel else ["hook_resid_mid"])
+        if self.layout.has_ln1:
+            names += ["ln1.hook_out"]
+        return [(f"blocks.{n}.{name}", self._hook(n, name)) for n in range(self.layout.n_layers) for name in names]
+
+    def _hook(self, layer: int, name: str) -> Any:
+        def keep(x: "torch.Tensor", hook: Any) -> None:
+            self.block[name.removeprefix("hook_")] = x
+            if name == "hook_resid_post":
+                self._read(layer)
+                self.block.clear()
+
+        return keep
+
+    def _read(self, layer: int) -> None:
+        import torch
+
+        norm = torch.linalg.vector_norm
+        raw = self.block
+        block = {name: self._centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
+        for name, x in block.items():
+            self._note(layer, name, norm(x, dim=-1))
+        if self.layout.has_ln1:
+            self._read_norm(layer, block["resid_pre"], raw["ln1.hook_out"])
+        if not self.layout.pre_norm:
+            return
+        before_mlp = block["resid_pre" if self.layout.parallel else "resid_mid"]
+        self._note(layer, "pre_dot_attn", (block["resid_pre"] * block["attn_out"]).sum(-1))
+        self._note(layer, "mid_dot_mlp", (before_mlp * block["mlp_out"]).sum(-1))
+        parts = [raw["resid_pre"], raw["attn_out"], raw["mlp_out"]]
+        error = norm(raw["resid_post"] - parts[0] - parts[1] - parts[2], dim=-1)
+        # Rounding is relative to the raw vectors, whose mean the convention takes away.
+        self._note(layer, "additivity_error", error / sum(norm(x, dim=-1) for x in parts))
+
+    def _read_norm(self, layer: int, resid: "torch.Tensor", output: "torch.Tensor") -> None:
+        """The factor between gain * resid and the norm's output, by least squares, and what it leaves unexplained."""
+        import torch
+
+        expected = resid.double() * torch.as_tensor(self.layout.gains[layer], device=resid.device)
+        found = output.double() - torch.as_tensor(self.layout.biases[layer], device=resid.device)
+        scale = (expected * found).sum(-1) / (found**2).sum(-1)
+        rest = torch.linalg.vector_norm(expected - scale[..., None] * found, dim=-1)
+        self._note(layer, "ln1_scale", scale)
+        self._note(layer, "ln1_residual", rest / torch.linalg.vector_norm(expected, dim=-1))
+
+    def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
+        return x - x.mean(-1, keepdim=True) if self.layout.centres else x
+
+    def _note(self, layer: int, name: str, values: "torch.Tensor") -> None:
+        self.readings.setdefault(name, {})[layer] = values.float().reshape(-1).cpu().numpy()
