@@ -4,6 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamgauge.errors import NotApplicable
+
+COVERAGE = 0.75  # a window may lack this much at its ends in a published record, no more
+
+
+def measured_window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[int, int]:
+    """The window between its first and last measured layer. Raises NotApplicable where too little of it was measured."""
+    first, last = layers
+    measured = [n for n in range(first, min(last, len(norms) - 1) + 1) if not np.isnan(norms[n]).all()]
+    if not measured or measured[-1] - measured[0] < COVERAGE * (last - first):
+        raise NotApplicable(f"layers {first} to {last} are not covered by this record")
+    return measured[0], measured[-1]
+
 
 def _window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The measured layers of a window, and the log norms there; tokens without all of them are NaN."""
@@ -42,11 +55,16 @@ def log_linear_r2(norms: np.ndarray, layers: tuple[int, int]) -> float:
     return float(np.corrcoef(index, logs)[0, 1] ** 2)
 
 
-def curvature(norms: np.ndarray, layers: tuple[int, int]) -> float:
-    """How fast the log growth rate rises, a layer: the slope of log(norm[n+1] / norm[n]) against n, tokens averaged."""
+def curvature(norms: np.ndarray, layers: tuple[int, int]) -> tuple[float, float]:
+    """How fast the log growth rate rises a layer, and the standard error of that slope.
+
+    The slope of log(norm[n+1] / norm[n]) against n, log norms averaged over tokens first.
+    """
+    from scipy.stats import linregress
+
     index, logs = _mean_log(norms, layers)
-    rates = np.diff(logs) / np.diff(index)
-    return float(np.polyfit(index[:-1], rates, 1)[0])
+    fit = linregress(index[:-1], np.diff(logs) / np.diff(index))
+    return float(fit.slope), float(fit.stderr)
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

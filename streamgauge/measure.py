@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
-from streamgauge.prompts import Prompts, read_prompts, sample, tokenise
+from streamgauge.prompts import prompts_for, read_prompts
 from streamgauge.record import Record
 
 INSTRUMENT = 1  # raise it whenever a change here or in a group alters what is measured
@@ -42,7 +42,8 @@ def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device
     started = time.monotonic()
     model = opening.load_model(checkpoint, device)
     integrity = weights.measure_integrity(model)
-    rows = _prompts(checkpoint, model, texts, built_in, broken=bool(integrity["not_finite"]))
+    # A model with NaN in its weights cannot be run, and so cannot write prompts either.
+    rows = None if integrity["not_finite"] else prompts_for(model, checkpoint.folder, texts, built_in=built_in)
     n_parameters = sum(p.numel() for p in model.parameters())
     names = weights.parameter_names(model)
     bridge = opening.build_bridge(model)
@@ -50,7 +51,7 @@ def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
     arrays = {}
-    if integrity["not_finite"]:
+    if rows is None:
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
         metadata["failed"] = {"stream": reason, "weights": reason}
     else:
@@ -67,19 +68,6 @@ def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device
     metadata["seconds"] = round(time.monotonic() - started, 3)
     metadata["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Record(arrays, metadata)
-
-
-def _prompts(checkpoint: Checkpoint, model: Any, texts: list[str], built_in: bool, *, broken: bool) -> Prompts:
-    """The prompts in the model's tokens, or text sampled from the model where its tokenizer cannot write them."""
-    from streamgauge.model import context_length
-
-    context, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
-    rows = tokenise(checkpoint.folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
-    if rows is not None or broken:
-        return rows or Prompts([], "none", None)
-    bos = model.config.get_text_config().bos_token_id
-    usable = isinstance(bos, int) and bos < vocabulary
-    return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
 
 
 def _first_not_finite(readings: dict[str, Any]) -> str | None:
@@ -116,5 +104,3 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "absent": {},
         "failed": {},
     }
-
-

@@ -9,7 +9,7 @@ from streamgauge.checkpoint import Checkpoint
 from streamgauge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
 
@@ -49,7 +49,9 @@ def load_model(checkpoint: Checkpoint, device: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise CheckpointError(f"the weights in {checkpoint.folder} do not fit its config.json ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"the weights in {checkpoint.folder} do not fit its config.json ({_first_line(error)})."
+        ) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -75,11 +75,26 @@ def tokenise(folder: Path, texts: list[str], *, context: int, vocabulary: int, s
     return Prompts([row[:context] for row in rows], source, bos)
 
 
+def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -> Prompts:
+    """The prompts in a loaded model's tokens, or text sampled from the model where its tokenizer cannot write them."""
+    from streamgauge.model import context_length
+
+    context, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
+    prompts = tokenise(folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
+    if prompts is not None:
+        return prompts
+    bos = model.config.get_text_config().bos_token_id
+    usable = isinstance(bos, int) and bos < vocabulary
+    return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
+
+
 def _load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None: transformers invents an empty one where there is no file."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    ):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

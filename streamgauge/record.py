@@ -24,8 +24,7 @@ Rows that a published record does not cover are NaN. `metadata["absent"]` says w
 """
 
 import json
-import os
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,40 @@ class Record:
 
     @property
     def resid(self) -> np.ndarray:
-        """Norms at each block's input and after the last block, shape (n_layers + 1, n_tokens)."""
-        return np.vstack([self.resid_pre, self.array("stream/resid_post")[-1:]])
+        """Norms at each block's input and, where it was measured, after the last block: (n_layers + 1, n_tokens)."""
+        last = self.arrays.get("stream/resid_post")
+        return self.resid_pre if last is None else np.vstack([self.resid_pre, last[-1:]])
 
     @property
     def is_text(self) -> np.ndarray:
         """Which tokens are text: not at position 0, where norms follow a law of their own, and not padding."""
         return (self.array("stream/position") > 0) & ~self.array("stream/is_padding").astype(bool)
+
+    @property
+    def text_resid(self) -> np.ndarray:
+        """`resid` at text tokens. Raises NotApplicable for post-norm models, whose stream is normalised block by block."""
+        if not self.metadata.get("pre_norm", True):
+            raise NotApplicable("post-norm blocks normalise the stream itself, so it does not grow freely")
+        return self.resid[:, self.is_text]
+
+    @property
+    def count_text(self) -> str:
+        """How many text tokens there are, in words; what a published aggregate stands for instead."""
+        aggregate: str | None = self.metadata.get("aggregate")
+        return aggregate or f"{int(self.is_text.sum()):,} tokens"
+
+    def require_tokens(self) -> None:
+        """Raise NotApplicable for a published aggregate, which knows no single token."""
+        if "aggregate" in self.metadata:
+            raise NotApplicable(f"the record holds one number a layer: {self.metadata['aggregate']}")
+
+    @property
+    def integrity(self) -> dict[str, list[str]]:
+        """Faults of the tensors by kind, one line each. Raises NotApplicable where a record has no weights behind it."""
+        found: dict[str, list[str]] | None = self.metadata.get("integrity")
+        if found is None:
+            raise NotApplicable(self.metadata["absent"].get("integrity", "no weights"))
+        return found
 
     @property
     def n_layers(self) -> int:
@@ -113,11 +139,10 @@ class Record:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside it, then rename: readers see the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -27,7 +27,7 @@ def measure_stream(bridge: Any, layout: Layout, prompts: Prompts, show: bool) ->
     arrays: dict[str, np.ndarray] = {}
     device = next(bridge.original_model.parameters()).device
     with torch.no_grad():
-        for batch in tqdm(batches, "forward pass", unit="batch", disable=not show):
+        for batch in tqdm(batches, "forward pass", unit="batch", disable=None if show else True):
             meter = _Meter(bridge, layout)
             ids = torch.tensor([prompts.rows[i] for i in batch], device=device)
             with bridge.hooks(fwd_hooks=meter.hooks()):
@@ -56,7 +56,9 @@ def _tokens(prompts: Prompts, starts: np.ndarray) -> dict[str, np.ndarray]:
 def _absent(layout: Layout) -> dict[str, str]:
     reasons = {"resid_mid": NO_MID} if layout.parallel else {}
     if not layout.pre_norm:
-        reasons |= dict.fromkeys(["additivity_error", "attn_out", "mlp_out", "pre_dot_attn", "mid_dot_mlp", "resid_mid"], POST_NORM)
+        reasons |= dict.fromkeys(
+            ["additivity_error", "attn_out", "mlp_out", "pre_dot_attn", "mid_dot_mlp", "resid_mid"], POST_NORM
+        )
     if not layout.has_ln1:
         reasons |= dict.fromkeys(["ln1_scale", "ln1_residual"], NO_LN1 if layout.pre_norm else POST_NORM)
     return reasons

@@ -76,7 +76,8 @@ def parameter_names(model: Any) -> dict[int, str]:
 def locate_matrices(bridge: Any, names: dict[int, str], checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
     """Where each layer's W_V and W_O lie: a file's tensor, and shape, strides and offset of the view, in elements.
 
-    names: what parameter_names gave before the bridge was built. With the places `streamgauge.matrices` reads them with numpy alone. Empty where some matrix is not a view of one tensor.
+    names: what parameter_names gave before the bridge was built. With the places `streamgauge.matrices` reads them with
+    numpy alone. Empty where some matrix is not a view of one tensor.
     """
     files = tensor_names(checkpoint)
     found: dict[str, list[dict[str, Any]]] = {"W_V": [], "W_O": []}
@@ -94,7 +95,9 @@ def locate_matrices(bridge: Any, names: dict[int, str], checkpoint: Checkpoint) 
 def _fused_parameters(block: Any, names: dict[int, str]) -> dict[str, "torch.Tensor"]:
     """The attention's own matrices, for bridges that split a fused query-key-value tensor into copies."""
     tensors = block.attn.original_component.named_parameters()
-    return {names[p.untyped_storage().data_ptr()]: p for _, p in tensors if p.dim() == 2 and p.untyped_storage().data_ptr() in names}
+    return {
+        names[p.untyped_storage().data_ptr()]: p for _, p in tensors if p.dim() == 2 and p.untyped_storage().data_ptr() in names
+    }
 
 
 def _as_view(weight: "torch.Tensor", names: dict[int, str]) -> dict[str, Any] | None:

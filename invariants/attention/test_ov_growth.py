@@ -1,0 +1,19 @@
+"""Attention writes more with depth because its weights do: the Frobenius norm of W_OV grows over the layers.
+
+rate = growth a layer of ‖W_V W_O‖_F, folded and centred, averaged over the heads of a layer.
+Source: Heimersheim and Turner 2023; for gpt2 two independent sets of published norms.
+Applies to: pre-norm decoders of 12 layers or more.
+"""
+
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import growth_rates
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_ov_growth(record: Record, band: Band, check) -> None:
+    norms = record.array("weights/W_OV_frobenius").mean(1, keepdims=True)
+    rate = growth_rates(norms, band.layers)[0]
+    check(rate, within=band, what="growth of ‖W_OV‖", unit="a layer", of="mean over heads")

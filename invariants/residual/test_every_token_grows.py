@@ -1,0 +1,20 @@
+"""Every token grows: not only on average does the stream gain norm over the window, but at each position but 0.
+
+min over tokens of (‖resid[b]‖ / ‖resid[a]‖) ** (1 / (b - a)) > 1.
+Source: Heimersheim and Turner 2023, the authors' data (gpt2-xl: the slowest of 1,061 tokens grows by 1.027 a layer).
+Applies to: pre-norm decoders of 12 layers or more.
+"""
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import growth_rates, measured_window
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_every_token_grows(record: Record, band: Band, check) -> None:
+    record.require_tokens()
+    rates = growth_rates(record.text_resid, measured_window(record.text_resid, band.layers))
+    check(np.nanmin(rates), within=band, what="slowest growth", unit="a layer", of=f"minimum over {record.count_text}")

@@ -1,0 +1,27 @@
+"""In small GPT-2s the residual stream grows faster than exponentially: the growth rate itself rises with depth.
+
+curvature = slope of log(‖resid[n+1]‖ / ‖resid[n]‖) against n, log norms averaged over tokens; it must exceed what the
+scatter of the rates about that slope explains at the 1% level (one-sided t test).
+Source: Heimersheim and Turner 2023 (distilgpt2 and gpt2).
+Applies to: the models named there.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import curvature, measured_window
+from streamgauge.record import Record
+
+LEVEL = 0.01
+
+
+@pytest.mark.phenomenon
+def test_super_exponential(record: Record, band: Band, check) -> None:
+    from scipy.stats import t
+
+    first, last = measured_window(record.text_resid, band.layers)
+    slope, error = curvature(record.text_resid, (first, last))
+    by_chance = t.isf(LEVEL, last - first - 2) * error
+    check(slope, within=replace(band, low=by_chance), what="rise of the log growth rate", unit="a layer", of=record.count_text)

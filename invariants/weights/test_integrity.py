@@ -1,0 +1,26 @@
+"""The weights are all there: finite, no head or layer dead, no two layers the same.
+
+Counts of tensors that hold NaN or Inf, of block matrices that are all zero, of heads with ‖W_OV‖ = 0, and of block
+matrices that equal the same matrix of another layer. All must be zero.
+Source: no trained checkpoint has these; conversions, merges and truncated copies do.
+Applies to: every checkpoint.
+"""
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import below
+from streamgauge.record import Record
+
+NONE = below(0.5, "none in a sound checkpoint")
+FAULTS = {"not_finite": "tensors that are not finite", "dead": "matrices that are all zero", "alike": "matrices that repeat"}
+
+
+@pytest.mark.theorem
+def test_integrity(record: Record, check) -> None:
+    for fault, what in FAULTS.items():
+        found = record.integrity[fault]
+        check(len(found), within=NONE, what=what, of="; ".join(found[:3]) or "all tensors")
+    heads = np.argwhere(record.array("weights/W_OV_frobenius") == 0)
+    where = ", ".join(f"layer {layer} head {head}" for layer, head in heads[:3])
+    check(len(heads), within=NONE, what="heads with ‖W_OV‖ = 0", of=where or "all heads")

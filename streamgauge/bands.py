@@ -1,0 +1,48 @@
+"""A band: where a value must lie for a law to hold, and who says so."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Band:
+    """Open interval with its source; a missing bound is None. layers: the window it speaks of, ends included."""
+
+    low: float | None
+    high: float | None
+    source: str
+    layers: tuple[int, int] | None = None
+    kind: str = "phenomenon"
+
+    def __contains__(self, value: float) -> bool:
+        return self.margin(value) > 0
+
+    def margin(self, value: float) -> float:
+        """Distance to the nearer bound, positive inside; NaN is infinitely far outside."""
+        if math.isnan(value):
+            return -math.inf
+        distances = [value - self.low] if self.low is not None else []
+        distances += [self.high - value] if self.high is not None else []
+        return min(distances, default=math.inf)
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"below {self.high:.4g}"
+        if self.high is None:
+            return f"above {self.low:.4g}"
+        return f"{self.low:.4g} to {self.high:.4g}"
+
+
+def below(high: float, source: str) -> Band:
+    """What a theorem allows: an error up to a bound that its source derives."""
+    return Band(None, float(high), source, kind="theorem")
+
+
+def between(low: float, high: float, source: str) -> Band:
+    """What a theorem allows: a value between two derived bounds."""
+    return Band(float(low), float(high), source, kind="theorem")
+
+
+def default_window(n_layers: int) -> tuple[int, int]:
+    """10% to 85% of the depth, where published models grow steadily: neither the first blocks nor the last."""
+    return math.ceil(0.1 * n_layers), math.floor(0.85 * n_layers)

@@ -1,0 +1,74 @@
+"""Records on disk, found again by what they were made from: weights, prompts, settings and instrument."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamgauge.checkpoint import Checkpoint, weights_sha256
+from streamgauge.errors import RecordError, StoreError
+from streamgauge.measure import INSTRUMENT, measure
+from streamgauge.prompts import read_prompts
+from streamgauge.record import Record, write_whole
+
+
+def default_store() -> Path:
+    """The platform's cache folder for streamgauge."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("streamgauge")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of records. Processes may share it: files appear whole or not at all."""
+
+    folder: Path
+
+    def prepare(self) -> None:
+        """Make the folder and see that it can be written. Raises StoreError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / ".writable", b"")
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.folder} cannot be written ({error.strerror}); name another with --store."
+            ) from error
+
+    def record(self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, show: bool = False) -> Record:
+        """The stored record of this very checkpoint, or a new one, measured and stored. A damaged one is measured again."""
+        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device)}.safetensors"
+        if path.is_file():
+            try:
+                return Record.load(path)
+            except RecordError:
+                path.unlink()
+        record = measure(checkpoint, prompts=prompts, device=device, show=show)
+        record.save(path)
+        return record
+
+    def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str) -> str:
+        """What a measurement depends on, as one hash."""
+        beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".json", ".model", ".txt")]
+        parts = [
+            self._weights_sha256(checkpoint),
+            *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in beside_weights if p.is_file()),
+            hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
+            f"built-in {prompts is None}",
+            f"device {device}",
+            f"instrument {INSTRUMENT}",
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _weights_sha256(self, checkpoint: Checkpoint) -> str:
+        """The hash, remembered by path, size and time of change: gigabytes are not read again on every run."""
+        stats = [(p, p.resolve().stat()) for p in checkpoint.files]
+        identity = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats]
+        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        note = self.folder / "hashes" / name
+        if note.is_file():
+            return note.read_text()
+        digest = weights_sha256(checkpoint)
+        note.parent.mkdir(exist_ok=True)
+        write_whole(note, digest.encode())
+        return digest
