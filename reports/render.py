@@ -1,0 +1,76 @@
+"""Rows and records to report.html and summary.md; a pure function of the files."""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .curves import figures
+from .summary import summary
+
+Row = dict[str, Any]
+ORDER = ("fail", "error", "pass", "not_applicable")
+WORDS = {"pass": "holds", "fail": "fails", "error": "not measured", "not_applicable": "not applicable"}
+SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "not_applicable": "–"}
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """The rows of all files, each with the path of its record made whole."""
+    rows = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            row["record"] = str(path.parent / row["record"]) if row["record"] else None
+            rows.append(row)
+    return rows
+
+
+def render(rows: Iterable[Path], folder: Path) -> None:
+    """Write report.html and summary.md into a folder, from rows.jsonl files."""
+    read = read_rows(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page(read), encoding="utf-8")
+    (folder / "summary.md").write_text(summary(read), encoding="utf-8")
+
+
+def page(rows: list[Row]) -> str:
+    """One HTML file that needs no network."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    return environment.get_template("report.html").render(
+        rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
+        troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
+        models=models,
+        laws=sorted({row["law"] for row in rows}),
+        kinds=sorted({row["kind"] for row in rows}),
+        cells={(row["model"], row["law"]): row for row in rows},
+        counts={outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER},
+        figures={model: figures([row for row in rows if row["model"] == model]) for model in models},
+    )
+
+
+def number(value: float | None) -> str:
+    """Four significant digits."""
+    return "" if value is None else f"{value:.4g}"
+
+
+@cache
+def _plotly() -> str:
+    """The charting library as it comes with its Python package."""
+    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def _source(name: str) -> str:
+    return (files(__package__) / "page" / name).read_text(encoding="utf-8")

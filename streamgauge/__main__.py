@@ -1,0 +1,93 @@
+"""The command line: `python -m streamgauge laws`, `measure` and `report`. Audits themselves are run by pytest."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from streamgauge.errors import StreamgaugeError, UnknownModelError
+from streamgauge.laws import laws
+
+FAILED, USAGE = 1, 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 where it could not be done, or 4 where a name is unknown."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UnknownModelError as error:
+        print(f"streamgauge: {error}", file=sys.stderr)
+        return USAGE
+    except StreamgaugeError as error:
+        print(f"streamgauge: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m streamgauge", description="Audit the weights of transformer models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("laws", help="list every law: id, kind, claim, source, where it applies")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(run=_laws)
+
+    measuring = commands.add_parser("measure", help="measure a checkpoint and write its record")
+    measuring.add_argument("model", help="a folder, a catalogued name or a hub repository")
+    measuring.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the record, FILE.safetensors")
+    measuring.add_argument("--revision", help="a branch, tag or commit of a hub repository")
+    measuring.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
+    measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    measuring.set_defaults(run=_measure)
+
+    reporting = commands.add_parser("report", help="render rows.jsonl files as a page and a summary")
+    reporting.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="rows.jsonl of an audit, its records beside it")
+    reporting.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them")
+    reporting.set_defaults(run=_report)
+    return parser
+
+
+def _laws(options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps([asdict(law) for law in laws()], indent=1, ensure_ascii=False))
+        return
+    for law in laws():
+        print(
+            f"{law.id}  ({law.kind})\n  {law.claim}\n  {law.formula}\n  source: {law.source}\n  applies to: {law.applies_to}\n"
+        )
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from streamgauge.measure import measure
+
+    catalogue = _part("fixtures.catalogue")
+    name = options.model
+    known = catalogue.models().get(name) if not Path(name).is_dir() else None
+    if known:
+        name = known.folder or known.hub
+    elif not Path(name).exists() and "/" not in name:
+        raise UnknownModelError(f"no model is called {name!r}; the nearest catalogued names are {catalogue.nearest(name)}.")
+    record = measure(name, revision=options.revision, prompts=options.prompts, device=options.device, show=True)
+    record.save(options.output)
+    print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
+
+
+def _report(options: argparse.Namespace) -> None:
+    for path in options.rows:
+        if not path.is_file():
+            raise UnknownModelError(f"there is no file {path}; name the rows.jsonl that pytest --report wrote.")
+    _part("reports.render").render(options.rows, options.output)
+
+
+def _part(name: str):  # noqa: ANN202  a module
+    """A module of the other rooms: inside the package where it is installed, beside it in a clone."""
+    prefix = "streamgauge." if find_spec("streamgauge.fixtures") else ""
+    return import_module(prefix + name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
