@@ -79,7 +79,12 @@ def _window(growth: Row | None) -> list[dict[str, Any]]:
 
 def _layout(title: str, y_title: str, growth: Row | None, *, log: bool) -> dict[str, Any]:
     y_axis = {"title": {"text": y_title}} | ({"type": "log", "dtick": 1, "minor": {"ticks": "inside"}} if log else {})
-    return {"title": {"text": title}, "xaxis": {"title": {"text": "layer", "standoff": 4}, "tickformat": "d"}, "yaxis": y_axis, "shapes": _window(growth)}
+    return {
+        "title": {"text": title},
+        "xaxis": {"title": {"text": "layer", "standoff": 4}, "tickformat": "d"},
+        "yaxis": y_axis,
+        "shapes": _window(growth),
+    }
 
 
 def _stream(arrays: dict[str, np.ndarray], growth: Row | None) -> Figure | None:

@@ -1,0 +1,104 @@
+"""What is measured agrees with plain Hugging Face hooks and with TransformerLens's compatibility mode."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streamgauge.checkpoint import open_checkpoint
+from streamgauge.convention import centre, ov_norms
+from streamgauge.matrices import Matrices
+from streamgauge.model import build_bridge, probe_layout
+from streamgauge.prompts import Prompts
+from streamgauge.stream import measure_stream
+from streamgauge.weights import measure_weights
+
+import streamgauge
+from tests import models
+
+ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
+IDS = torch.tensor(ROWS)
+# Compatibility mode leaves post-norm weights (olmo2) and mixtures of experts in a form of its own.
+REFUSED = {"olmo2": "no norm before the attention, nothing to fold"}
+
+
+def measured(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any]:
+    bridge = build_bridge(models.random_model(name))
+    layout = probe_layout(bridge)
+    stream, _ = measure_stream(bridge, layout, Prompts(ROWS, "test", 1), show=False)
+    return stream, measure_weights(bridge, layout), layout
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_agrees_with_plain_hooks(name: str) -> None:
+    stream, _, layout = measured(name)
+    reference = models.reference_norms(models.random_model(name), name, IDS, centred=layout.centres)
+    for kind, expected in reference.items():
+        np.testing.assert_allclose(stream[kind], expected, rtol=1e-5, err_msg=f"{name} {kind}")
+
+
+@pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in REFUSED])
+def test_agrees_with_compatibility_mode(name: str) -> None:
+    stream, weights, layout = measured(name)
+    bridge = build_bridge(models.random_model(name))
+    try:
+        bridge.enable_compatibility_mode()
+    except Exception as error:
+        pytest.skip(f"compatibility mode refuses {name}: {error}")
+    kinds = ["resid_pre", "attn_out", "mlp_out", *([] if layout.parallel else ["resid_mid"])]
+    with torch.no_grad():
+        cache = bridge.run_with_cache(IDS)[1]
+    for kind in kinds:
+        found = [cache[f"blocks.{n}.hook_{kind}"].reshape(len(IDS) * IDS.shape[1], -1) for n in range(layout.n_layers)]
+        expected = torch.stack(found).double().norm(dim=-1).numpy()
+        np.testing.assert_allclose(stream[kind], expected, rtol=1e-5, err_msg=f"{name} {kind}")
+    for n, block in enumerate(bridge.blocks):
+        W_V, W_O = block.attn.W_V.detach().double(), block.attn.W_O.detach().double()
+        dense = W_V.repeat_interleave(len(W_O) // len(W_V), 0) @ W_O
+        np.testing.assert_allclose(weights["W_OV_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(weights["W_OV_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_files_hold_the_matrices_that_were_measured(name: str, tmp_path: Any) -> None:
+    models.save(models.random_model(name), tmp_path)
+    record = streamgauge.measure(tmp_path)
+    matrices = Matrices(open_checkpoint(tmp_path), record)
+    for layer in range(record.n_layers):
+        frobenius, _ = ov_norms(matrices.W_V(layer), matrices.W_O(layer))
+        np.testing.assert_allclose(frobenius, record.array("weights/W_OV_frobenius")[layer], rtol=1e-12)
+
+
+def test_stored_bf16_is_measured_in_fp32(tmp_path: Any) -> None:
+    model = models.random_model("llama").bfloat16()
+    models.save(model, tmp_path / "bf16")
+    models.save(model.float(), tmp_path / "fp32")
+    bf16, fp32 = streamgauge.measure(tmp_path / "bf16"), streamgauge.measure(tmp_path / "fp32")
+    assert (bf16.metadata["stored_dtype"], fp32.metadata["stored_dtype"]) == ("BF16", "F32")
+    np.testing.assert_array_equal(bf16.resid_pre, fp32.resid_pre)
+    matrices = Matrices(open_checkpoint(tmp_path / "bf16"), bf16)
+    np.testing.assert_allclose(
+        ov_norms(matrices.W_V(1), matrices.W_O(1))[0], fp32.array("weights/W_OV_frobenius")[1], rtol=1e-12
+    )
+
+
+def test_post_norm_blocks_are_said_to_be_so(tmp_path: Any) -> None:
+    config = models.tf.OPTConfig(**models.LLAMA, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
+    record = streamgauge.measure(models.save(models.tf.OPTForCausalLM(config).float(), tmp_path))
+    with pytest.raises(streamgauge.errors.NotApplicable, match="post-norm"):
+        record.array("stream/additivity_error")
+    with pytest.raises(streamgauge.errors.NotApplicable, match="post-norm"):
+        _ = record.text_resid
+
+
+def test_centring_is_what_layernorm_ignores() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 8)) + 3
+    np.testing.assert_allclose(centre(x).mean(-1), 0, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(centre(x), axis=-1), np.sqrt(8) * x.std(-1))
+
+
+def test_batches_hold_every_row_once_and_no_padding() -> None:
+    prompts = Prompts([[0] * n for n in (3, 5, 3, 7, 5, 3)], "test", None)
+    batches = list(prompts.batches(6))
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(len({len(prompts.rows[i]) for i in batch}) == 1 for batch in batches)
