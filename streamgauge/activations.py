@@ -61,9 +61,9 @@ def _run(bridge: Any, rows: Prompts, paths: dict[str, Path], limit: int) -> None
     with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
         for batch in rows.batches(BATCH_TOKENS):
             bridge(torch.tensor([rows.rows[i] for i in batch], device=device), return_type=None)
-            for name, x in seen.items():
-                if len(x) != len(batch):
-                    raise NotMeasured(f"the hook {name} has no row for each prompt")
+            silent = [name for name in paths if name not in seen or len(seen[name]) != len(batch)]
+            if silent:
+                raise NotMeasured(f"the hook {silent[0]} gave no row for each prompt")
             if not files:
                 shapes = {name: (int(starts[-1]), *x.shape[2:]) for name, x in seen.items()}
                 _within(4 * sum(int(np.prod(shape)) for shape in shapes.values()), limit)

@@ -65,7 +65,7 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED_FROM_HUB, local_files_only=True))
     except HFValidationError:
         raise UnknownModelError(f"{repository!r} is neither a folder nor a hub repository's name.") from None
     except LocalEntryNotFoundError:

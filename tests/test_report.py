@@ -1,0 +1,154 @@
+"""The page, the summary and the rows: whole, safe, and usable in a browser without a network."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from reports.render import page, read_rows, render
+from reports.summary import summary
+
+from tests.conftest import ROOT, Audit
+from tests.records import sound_record
+
+HOSTILE = "<img src=x onerror=alert(1)>|`]</script>"
+SCHEMA = json.loads((ROOT / "reports" / "row.schema.json").read_text())
+
+
+@pytest.fixture
+def rows(audit: Callable[..., Audit], tmp_path: Path) -> list[dict[str, Any]]:
+    """Rows of two records, one of which breaks a law."""
+    sound_record().save(tmp_path / "sound.safetensors")
+    sound_record(0.99).save(tmp_path / "shrinking.safetensors")
+    return audit("--record", tmp_path / "sound.safetensors", "--record", tmp_path / "shrinking.safetensors").rows
+
+
+def test_rows_keep_their_schema(rows: list[dict[str, Any]], audit: Callable[..., Audit]) -> None:
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert {row["outcome"] for row in rows} >= {"pass", "fail", "not_applicable"}
+    for row in rows + audit("--published").rows:
+        validator.validate(row)
+
+
+@pytest.mark.parametrize(
+    "change", [{"outcome": "maybe"}, {"value": None}, {"extra": 1}, {"outcome": "fail", "reason": None}, {"band": [1]}]
+)
+def test_schema_refuses(change: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    row = next(row for row in rows if row["outcome"] == "pass")
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(row | change)
+
+
+def test_failing_row_says_all_that_is_needed(rows: list[dict[str, Any]]) -> None:
+    row = next(row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail")
+    assert row["value"] == pytest.approx(0.99) and row["band"] == [1.0, None] and row["layers"] == [2, 13]
+    assert row["margin"] == pytest.approx(-0.01)
+    assert "shrinking, layers 2 to 13: growth 0.99 a layer, outside above 1 (mean of 40 tokens" in row["reason"]
+    assert row["reproduce"].startswith("pytest invariants/residual/test_growth_rate.py --record ")
+
+
+def test_reproduce_command_shows_the_failure_again(rows: list[dict[str, Any]], run_pytest: Callable[..., Any]) -> None:
+    import shlex
+
+    row = next(row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail")
+    done = run_pytest(*shlex.split(row["reproduce"])[1:])
+    assert done.returncode == 1 and row["reason"] in done.stdout
+
+
+def test_page_is_a_pure_function(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    paths = [tmp_path / "report" / "rows.jsonl"]
+    assert page(read_rows(paths)) == page(read_rows(paths))
+
+
+def test_nothing_from_a_checkpoint_is_rendered_unescaped(rows: list[dict[str, Any]]) -> None:
+    spoilt = [
+        row | {"model": HOSTILE, "reason": HOSTILE, "source": HOSTILE, "reproduce": HOSTILE, "record": None} for row in rows
+    ]
+    assert "<img src=x" not in page(spoilt)
+    assert "<img" not in summary(spoilt).replace("\\<", "").replace("    <img", "")
+
+
+def test_summary_counts_and_explains(rows: list[dict[str, Any]]) -> None:
+    text = summary(rows)
+    assert "| shrinking | " in text and "## residual/growth_rate fails on shrinking" in text
+    assert "Reproduce with:" in text
+
+
+def test_report_command_renders_several_runs(
+    rows: list[dict[str, Any]], tmp_path: Path, run_streamgauge: Callable[..., Any]
+) -> None:
+    shutil.copytree(tmp_path / "report", tmp_path / "second")
+    done = run_streamgauge(
+        "report", tmp_path / "report" / "rows.jsonl", tmp_path / "second" / "rows.jsonl", "-o", tmp_path / "both"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "both" / "report.html").is_file() and (tmp_path / "both" / "summary.md").is_file()
+    missing = run_streamgauge("report", tmp_path / "none.jsonl", "-o", tmp_path / "x")
+    assert missing.returncode == 4 and "there is no file" in missing.stderr
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_works_in_a_browser(scheme: Any, rows: list[dict[str, Any]], browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report" / "report.html"
+    troubles: list[str] = []
+    requests: list[str] = []
+    tab = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    tab.on("console", lambda message: troubles.append(message.text))
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(path.as_uri())
+
+    def shown() -> int:
+        return int(tab.locator("tr[data-row]:visible").count())
+
+    assert shown() == len(rows)
+    tab.select_option("[data-filter=outcome]", "fail")
+    assert shown() == sum(row["outcome"] == "fail" for row in rows) > 0
+    tab.select_option("[data-filter=model]", "sound")
+    assert shown() == 0 and not tab.locator("article.trouble:visible").count()
+    tab.select_option("[data-filter=outcome]", "")
+    assert shown() == len(rows) / 2
+    tab.select_option("[data-filter=law]", "residual/growth_rate")
+    assert shown() == 1
+    tab.select_option("[data-filter=law]", "")
+    tab.select_option("[data-filter=kind]", "theorem")
+    assert shown() == sum(row["kind"] == "theorem" and row["model"] == "sound" for row in rows)
+
+    tab.locator(".chart:visible").first.scroll_into_view_if_needed()
+    tab.wait_for_selector(".js-plotly-plot .scatterlayer .trace path")
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 28)")
+    assert not troubles
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_hostile_names_do_nothing_in_a_browser(rows: list[dict[str, Any]], browser: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    spoilt = [row | {"model": HOSTILE, "reason": HOSTILE, "record": None} for row in rows]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    render([folder / "rows.jsonl"], folder)
+    dialogs: list[str] = []
+    tab = browser.new_page()
+    tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    tab.goto((folder / "report.html").as_uri())
+    assert tab.locator("h2", has_text="<img src=x").count() == 1
+    assert not tab.locator("img").count() and not dialogs

@@ -1,0 +1,160 @@
+"""Records are found again by what they were made from; a warm run is light; an interrupted one loses nothing finished."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streamgauge.checkpoint import open_checkpoint
+from streamgauge.errors import NotMeasured, RecordError, UnknownModelError
+from streamgauge.record import Record
+from streamgauge.store import Store
+
+from tests import models
+from tests.conftest import ROOT, Audit
+from tests.records import sound_record
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(models.gpt2(12), tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "a store")
+    store.prepare()
+    return store
+
+
+def records(store: Store) -> list[Path]:
+    return sorted((store.folder / "records").glob("*.safetensors"))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    record = sound_record()
+    record.save(tmp_path / "r.safetensors")
+    loaded = Record.load(tmp_path / "r.safetensors")
+    assert loaded.metadata == record.metadata
+    assert loaded.arrays.keys() == record.arrays.keys()
+    for name, array in record.arrays.items():
+        np.testing.assert_array_equal(loaded.arrays[name], array)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+def test_a_checkpoint_file_is_no_record(folder: Path) -> None:
+    with pytest.raises(RecordError, match="is not a streamgauge record"):
+        Record.load(folder / "model.safetensors")
+
+
+def test_second_time_comes_from_the_store(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    monkeypatch.setattr("streamgauge.store.measure", lambda *a, **k: pytest.fail("measured again"))
+    second = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    assert second.metadata == first.metadata
+
+
+def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path: Path) -> None:
+    keys = {store.key(open_checkpoint(folder), None, "cpu"), store.key(open_checkpoint(folder), None, "cuda")}
+    (tmp_path / "prompts.txt").write_text("word\n")
+    keys.add(store.key(open_checkpoint(folder), tmp_path / "prompts.txt", "cpu"))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert store.key(open_checkpoint(copy), None, "cpu") in keys
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    keys.add(store.key(open_checkpoint(copy), None, "cpu"))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    keys.add(store.key(open_checkpoint(copy), None, "cpu"))
+    assert len(keys) == 5
+
+
+def test_a_damaged_record_is_measured_again(folder: Path, store: Store) -> None:
+    first = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    os.truncate(records(store)[0], 1000)
+    again = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    np.testing.assert_array_equal(again.resid_pre, first.resid_pre)
+    assert Record.load(records(store)[0]).metadata == again.metadata
+
+
+WITHOUT_TORCH = """
+import sys, time, pytest
+start = time.monotonic()
+code = pytest.main(sys.argv[1:])
+heavy = [m for m in ("torch", "transformers", "transformer_lens") if m in sys.modules]
+print(f"heavy: {heavy}, seconds: {time.monotonic() - start:.2f}, code: {int(code)}")
+"""
+
+
+def test_a_stored_record_is_asserted_without_torch(folder: Path, store: Store) -> None:
+    import subprocess
+
+    def run() -> tuple[str, float]:
+        arguments = ["invariants", "--model", str(folder), "--store", str(store.folder), "-p", "no:cacheprovider", "-q"]
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.splitlines()[-1], time.monotonic() - start
+
+    assert "torch" in run()[0]
+    last, _ = run()
+    assert "heavy: []" in last
+
+
+def test_collection_imports_nothing_heavy() -> None:
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "invariants", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "heavy: []" in done.stdout and "code: 0" in done.stdout
+
+
+def test_interrupting_keeps_finished_records(
+    folder: Path, audit: Callable[..., Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
+    real = Store.record
+
+    def interrupted(self: Store, checkpoint: Any, **more: Any) -> Record:
+        if checkpoint.folder == other:
+            raise KeyboardInterrupt
+        return real(self, checkpoint, **more)
+
+    monkeypatch.setattr(Store, "record", interrupted)
+    found = audit("--model", folder, "--model", other)
+    assert found.exit == 2
+    assert len(records(Store(tmp_path / "store"))) == 1
+    assert {row["model"] for row in found.rows} == {folder.name}
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_activations_are_whole_vectors_kept_on_disk(folder: Path, store: Store) -> None:
+    from streamgauge.activations import stored_activations
+
+    checkpoint = open_checkpoint(folder)
+    record = store.record(checkpoint, prompts=None, device="cpu")
+    hooks = ["blocks.3.hook_resid_pre", "blocks.5.attn.hook_out"]
+    found = stored_activations(store, checkpoint, hooks, prompts=None, device="cpu", limit=2**30)
+    resid = np.asarray(found[hooks[0]])
+    assert isinstance(found[hooks[0]], np.memmap) and resid.shape == (record.resid_pre.shape[1], models.WIDTH)
+    centred = resid - resid.mean(-1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(centred, axis=-1), record.resid_pre[3], rtol=1e-5)
+
+
+def test_activations_beyond_the_limit_are_an_error(folder: Path, store: Store) -> None:
+    from streamgauge.activations import stored_activations
+
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(NotMeasured, match="more than the limit of 1,000"):
+        stored_activations(store, checkpoint, ["blocks.3.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
+    assert not list(store.folder.glob("activations/*/*.npy"))
+    with pytest.raises(UnknownModelError, match="no hook 'blocks.99.hook_resid_pre'"):
+        stored_activations(store, checkpoint, ["blocks.99.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
