@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from streamgauge.errors import StreamgaugeError, UnknownModelError
 from streamgauge.laws import laws
@@ -83,7 +84,7 @@ def _report(options: argparse.Namespace) -> None:
     _part("reports.render").render(options.rows, options.output)
 
 
-def _part(name: str):  # noqa: ANN202  a module
+def _part(name: str) -> Any:
     """A module of the other rooms: inside the package where it is installed, beside it in a clone."""
     prefix = "streamgauge." if find_spec("streamgauge.fixtures") else ""
     return import_module(prefix + name)

@@ -17,6 +17,13 @@ class Band:
     def __contains__(self, value: float) -> bool:
         return self.margin(value) > 0
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """The layers of a band that has them, as those of the catalogue do. Raises ValueError for one that has not."""
+        if self.layers is None:
+            raise ValueError(f"the band {self} speaks of no layers")
+        return self.layers
+
     def margin(self, value: float) -> float:
         """Distance to the nearer bound, positive inside; NaN is infinitely far outside."""
         if math.isnan(value):

@@ -10,7 +10,8 @@ import numpy as np
 
 def centre(x: np.ndarray) -> np.ndarray:
     """x minus its mean over the last axis."""
-    return x - x.mean(-1, keepdims=True)
+    centred: np.ndarray = x - x.mean(-1, keepdims=True)
+    return centred
 
 
 def fold_reading(weight: np.ndarray, gain: np.ndarray, centres: bool) -> np.ndarray:
@@ -53,7 +54,8 @@ def random_inputs(n: int, d_model: int, centres: bool, seed: int) -> np.ndarray:
     """What a norm without gain makes of Gaussian vectors: mean 0 and variance 1 (LayerNorm), or unit RMS; (n, d_model)."""
     x = np.random.default_rng(seed).standard_normal((n, d_model))
     x = centre(x) if centres else x
-    return x / np.sqrt((x**2).mean(-1, keepdims=True))
+    normalised: np.ndarray = x / np.sqrt((x**2).mean(-1, keepdims=True))
+    return normalised
 
 
 def response_tolerance(eigenvalues: np.ndarray, n: int, false_alarm: float) -> float:

@@ -6,7 +6,15 @@ import pytest
 
 # A wheel carries fixtures and reports inside the package; in a clone they lie beside it.
 PREFIX = "streamgauge." if find_spec("streamgauge.fixtures") else ""
-MODULES = ("fixtures.options", "fixtures.subjects", "fixtures.records", "fixtures.check", "fixtures.rows", "reports.plugin")
+MODULES = (
+    "fixtures.options",
+    "fixtures.subjects",
+    "fixtures.distribution",
+    "fixtures.records",
+    "fixtures.check",
+    "fixtures.rows",
+    "reports.plugin",
+)
 TAKE_PATHS = ("--model", "--record", "--prompts", "--store", "--report")
 
 pytest_plugins = [PREFIX + name for name in MODULES]

@@ -71,7 +71,8 @@ class Record:
     @property
     def is_text(self) -> np.ndarray:
         """Which tokens are text: not at position 0, where norms follow a law of their own, and not padding."""
-        return (self.array("stream/position") > 0) & ~self.array("stream/is_padding").astype(bool)
+        text: np.ndarray = (self.array("stream/position") > 0) & ~self.array("stream/is_padding").astype(bool)
+        return text
 
     @property
     def text_resid(self) -> np.ndarray:

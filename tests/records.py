@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+
 from streamgauge.record import Record
 
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
@@ -39,7 +40,8 @@ def sound_record(rate: float = 1.045, *, n_layers: int = 16, bend: float = 0.0, 
     defaults = {
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
         "integrity": {"not_finite": [], "dead": [], "alike": []}, "convention": "folded, centred", "revision": None,
-        "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu", "versions": {}, "centres": True,
+        "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu", "versions": {},
+        "centres": True,
     }  # fmt: skip
     return Record(arrays, defaults | metadata)
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from streamgauge.checkpoint import open_checkpoint
-from streamgauge.errors import CheckpointError, PromptError, UnknownModelError
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import streamgauge
+from streamgauge.checkpoint import open_checkpoint
+from streamgauge.errors import CheckpointError, PromptError, UnknownModelError
 from tests import models
 from tests.conftest import Audit
 

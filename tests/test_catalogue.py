@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from fixtures import catalogue
 from streamgauge.bands import Band, below, default_window
 from streamgauge.errors import NotApplicable
 from streamgauge.growth import curvature, growth_rates, log_linear_r2, mean_rate, measured_window
 from streamgauge.laws import laws
-
 from tests.records import sound_record
 
 BANDS: list[dict[str, Any]] = catalogue._toml()["band"]

@@ -22,10 +22,10 @@ class _Hub(BaseHTTPRequestHandler):
     files: dict[str, bytes]
     asked: list[str]
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         type(self).asked.append(self.path)
         path = self.path.split("?")[0]
         if path.startswith(f"/api/models/{REPOSITORY}"):

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+import streamgauge
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.convention import centre, ov_norms
 from streamgauge.matrices import Matrices
@@ -12,8 +14,6 @@ from streamgauge.model import build_bridge, probe_layout
 from streamgauge.prompts import Prompts
 from streamgauge.stream import measure_stream
 from streamgauge.weights import measure_weights
-
-import streamgauge
 from tests import models
 
 ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+import streamgauge
+from streamgauge import checkpoint as checkpoints
 from streamgauge.laws import laws
 from streamgauge.prompts import Prompts
 from streamgauge.record import Record
 from streamgauge.store import Store
-
-import streamgauge
-from streamgauge import checkpoint as checkpoints
 from tests import models
 from tests.conftest import Audit
 from tests.records import changed, sound_record

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fixtures import catalogue
 from streamgauge.record import Record
-
 from tests.conftest import Audit
 
 Auditing = Callable[..., Audit]

@@ -8,9 +8,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+
 from reports.render import page, read_rows, render
 from reports.summary import summary
-
 from tests.conftest import ROOT, Audit
 from tests.records import sound_record
 
@@ -90,7 +90,10 @@ def test_report_command_renders_several_runs(
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.errors import NotMeasured, RecordError, UnknownModelError
 from streamgauge.record import Record
 from streamgauge.store import Store
-
 from tests import models
 from tests.conftest import ROOT, Audit
 from tests.records import sound_record
@@ -156,5 +156,5 @@ def test_activations_beyond_the_limit_are_an_error(folder: Path, store: Store) -
     with pytest.raises(NotMeasured, match="more than the limit of 1,000"):
         stored_activations(store, checkpoint, ["blocks.3.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
     assert not list(store.folder.glob("activations/*/*.npy"))
-    with pytest.raises(UnknownModelError, match="no hook 'blocks.99.hook_resid_pre'"):
+    with pytest.raises(UnknownModelError, match=r"no hook 'blocks.99.hook_resid_pre'"):
         stored_activations(store, checkpoint, ["blocks.99.hook_resid_pre"], prompts=None, device="cpu", limit=1000)

@@ -15,5 +15,5 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_ov_growth(record: Record, band: Band, check) -> None:
     norms = record.array("weights/W_OV_frobenius").mean(1, keepdims=True)
-    rate = growth_rates(norms, band.layers)[0]
+    rate = growth_rates(norms, band.window)[0]
     check(rate, within=band, what="growth of ‖W_OV‖", unit="a layer", of="mean over heads")

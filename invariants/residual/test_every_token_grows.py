@@ -16,5 +16,5 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_every_token_grows(record: Record, band: Band, check) -> None:
     record.require_tokens()
-    rates = growth_rates(record.text_resid, measured_window(record.text_resid, band.layers))
+    rates = growth_rates(record.text_resid, measured_window(record.text_resid, band.window))
     check(np.nanmin(rates), within=band, what="slowest growth", unit="a layer", of=f"minimum over {record.count_text}")

@@ -17,5 +17,5 @@ from streamgauge.record import Record
 def test_exponential(record: Record, band: Band, check) -> None:
     record.require_tokens()
     resid = record.text_resid
-    r2 = log_linear_r2(resid, measured_window(resid, band.layers))
+    r2 = log_linear_r2(resid, measured_window(resid, band.window))
     check(r2, within=band, what="R² of a straight line through the log norm", of=f"mean log norm of {record.count_text}")

@@ -16,7 +16,7 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_growth_rate(record: Record, band: Band, check) -> None:
     resid = record.text_resid
-    rates = growth_rates(resid, measured_window(resid, band.layers))
+    rates = growth_rates(resid, measured_window(resid, band.window))
     interval = bootstrap_rate(rates, record.array("stream/prompt")[record.is_text])
     of = f"mean of {record.count_text}, position 0 left out, 95% interval {interval.low:.4f} to {interval.high:.4f}"
     check(mean_rate(rates), within=band, what="growth", unit="a layer", of=of)

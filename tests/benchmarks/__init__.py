@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels, by pytest-benchmark: `tox run -e bench`."""

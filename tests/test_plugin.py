@@ -1,0 +1,101 @@
+"""The plugin as users meet it: options in two words, xdist, a law of one's own, the wheel."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import models
+from tests.conftest import ROOT, shared_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(models.gpt2(12), tmp_path_factory.mktemp("elsewhere") / "somebody")
+
+
+def test_a_folder_in_two_words_is_not_taken_for_a_test_path(
+    folder: Path, run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run_pytest("--model", folder, "--store", tmp_path / "store", "-m", "theorem")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"rootdir: {ROOT}" in done.stdout and "configfile: pyproject.toml" in done.stdout
+
+
+def test_xdist_measures_each_model_once(folder: Path, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+    other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
+    report = tmp_path / "report"
+    options = ["--store", tmp_path / "store", "--report", report, "-n", "2"]
+    done = run_pytest("--model", folder, "--model", other, "-k", "additivity or moments or integrity", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((report / "rows.jsonl").read_text().splitlines()) == 6
+    assert {path.name for path in (report / "records").iterdir()} == {"somebody.safetensors", "other.safetensors"}
+    assert len(list((tmp_path / "store" / "records").iterdir())) == 2
+
+
+OWN_LAW = '''"""Attention patterns of the first layer sum to one.
+
+Source: softmax.
+Applies to: everything.
+"""
+
+import pytest
+from streamgauge.bands import between
+
+
+@pytest.mark.theorem
+def test_patterns(activations, record, check):
+    resid = activations(["blocks.0.hook_resid_pre"])["blocks.0.hook_resid_pre"]
+    check(len(resid) / record.resid_pre.shape[1], within=between(0.999, 1.001, "one vector a token"), what="vectors a token")
+'''
+
+
+def test_a_law_of_ones_own_takes_our_fixtures(folder: Path, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "test_patterns.py").write_text(OWN_LAW)
+    done = run_pytest(
+        tmp_path / "test_patterns.py", "--model", folder, "--store", tmp_path / "store", "-c", ROOT / "pyproject.toml"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 laws hold" in done.stdout
+
+
+def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, tmp_path: Path) -> None:
+    """Built, unpacked where nothing of the clone is, and run against a checkpoint with --pyargs."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site, away = tmp_path / "site", tmp_path / "away"
+    zipfile.ZipFile(wheel).extractall(site)
+    away.mkdir()
+    # -P keeps the clone off the path; the editable install behind it would come later than PYTHONPATH anyway.
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "streamgauge.invariants"]
+    options = ["--model", str(folder), "--store", str(tmp_path / "store"), "--report", str(tmp_path / "report"), "-v"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([*command, *options], cwd=away, env=environment, capture_output=True, text=True, check=False)
+    assert "could not be measured\n" in done.stdout and " 0 could not be measured" in done.stdout, done.stdout + done.stderr
+    assert "residual/test_growth_rate.py::test_growth_rate[somebody]" in done.stdout
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "--pyargs streamgauge.invariants.residual.test_growth_rate" in page or "Nothing failed." in page
+
+
+@pytest.mark.parametrize(("name", "layers"), [("stories260K", 5), ("makemore_lmj9", 4)])
+def test_trained_checkpoints_of_others(name: str, layers: int, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_pytest("--model", shared_checkpoint(name), "--store", tmp_path / "store")
+    assert done.returncode == 0, done.stdout
+    assert (
+        f"this one has {layers}" in run_pytest("--model", shared_checkpoint(name), "--store", tmp_path / "store", "-rs").stdout
+    )
+
+
+def test_block_0_of_makemore_shrinks_the_norm() -> None:
+    import streamgauge
+
+    record = streamgauge.measure(shared_checkpoint("makemore_lmj9"))
+    mean = record.text_resid.mean(1)
+    assert mean[1] < mean[0]
+    assert "sampled from the model" in record.metadata["prompts"]
