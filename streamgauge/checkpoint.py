@@ -20,7 +20,7 @@ WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine: the name it was asked for by, its folder, its weight files, its revision."""
+    """A checkpoint on this machine: its folder's or repository's name, its folder, its weight files, its revision."""
 
     name: str
     folder: Path
@@ -41,7 +41,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None, *, fetch: boo
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _inspect(str(name), folder.resolve(), revision)
+        return _inspect(folder.resolve().name, folder.resolve(), revision)
     if folder.is_file() or str(name).startswith((".", "/", "~")):
         raise UnknownModelError(f"{name} is not a folder with a checkpoint; name a folder or a hub repository.")
     snapshot = _cached_snapshot(str(name), revision)
