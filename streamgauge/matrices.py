@@ -1,6 +1,8 @@
 """A checkpoint's own matrices, read with numpy alone by the places that its record notes."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,10 @@ class Matrices:
         """Whether the norms before the weights subtract the mean."""
         return bool(self.record.metadata["centres"])
 
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return tensor_names(self.checkpoint)
+
     def W_V(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_model, d_head); grouped heads are repeated."""
         n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
@@ -38,7 +44,7 @@ class Matrices:
         if not places:
             raise NotApplicable(f"{name} of this architecture is not a plain view of a tensor in the file")
         place = places[layer]
-        view = strided(read_tensor(tensor_names(self.checkpoint)[place["tensor"]], place["tensor"]), place)
+        view = strided(read_tensor(self._files[place["tensor"]], place["tensor"]), place)
         if view is None:
             raise CheckpointError(f"{self.checkpoint.folder} and its record disagree on {place['tensor']}; measure again.")
         return view.astype(np.float64)

@@ -76,13 +76,18 @@ def tokenise(folder: Path, texts: list[str], *, context: int, vocabulary: int, s
 
 
 def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -> Prompts:
-    """The prompts in a loaded model's tokens, or text sampled from the model where its tokenizer cannot write them."""
+    """The prompts in a loaded model's tokens, or text sampled from the model where its tokenizer cannot write ours.
+
+    Raises PromptError where it cannot write the user's own.
+    """
     from streamgauge.model import context_length
 
     context, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
     prompts = tokenise(folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
     if prompts is not None:
         return prompts
+    if not built_in:
+        raise PromptError(f"{folder} has no tokenizer that can write these prompts; leave out --prompts to let the model write some.")
     bos = model.config.get_text_config().bos_token_id
     usable = isinstance(bos, int) and bos < vocabulary
     return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)

@@ -182,6 +182,12 @@ def test_without_a_tokenizer_the_model_writes_the_prompts(folder: Path) -> None:
     assert record.array("stream/is_bos").sum() == 64
 
 
+def test_own_prompts_need_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("word\n")
+    with pytest.raises(PromptError, match="has no tokenizer that can write these prompts"):
+        streamgauge.measure(folder, prompts=tmp_path / "prompts.txt")
+
+
 def test_a_tokenizer_that_cannot_write_the_prompts_is_not_used(folder: Path) -> None:
     word_tokenizer(folder, ["<unk>", "the", "a"])
     assert "sampled from the model" in streamgauge.measure(folder).metadata["prompts"]

@@ -33,9 +33,10 @@ def test_every_model_is_there_and_can_be_found() -> None:
 def test_every_band_is_of_a_law_and_a_model_and_has_a_source(band: dict[str, Any]) -> None:
     assert band["law"] in {law.id for law in laws()}
     assert band.get("model") is None or band["model"] in catalogue.models()
-    assert len(band["source"]) > 20
+    assert len(band.get("source") or band["unclaimed"]) > 20
+    assert "unclaimed" in band or {"low", "high"} & set(band)
     assert band.get("low", 0) < band.get("high", 2)
-    assert set(band) <= {"law", "model", "min_layers", "low", "high", "kind", "source", "layers"}
+    assert set(band) <= {"law", "model", "min_layers", "low", "high", "kind", "source", "layers", "unclaimed"}
 
 
 def test_no_band_is_given_twice() -> None:
