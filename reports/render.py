@@ -1,5 +1,6 @@
 """Rows and records to report.html and summary.md; a pure function of the files."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from functools import cache
@@ -17,13 +18,16 @@ SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "not_applicable": "–"}
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files, each with the path of its record made whole."""
-    rows = []
+    """The rows of all files, each with the path of its record made whole; a model's second run is numbered."""
+    rows: list[Row] = []
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        taken = {row["model"] for row in rows}
+        for row in found:
+            if row["model"] in taken:
+                row["model"] = next(name for n in itertools.count(2) if (name := f"{row['model']} (run {n})") not in taken)
             row["record"] = str(path.parent / row["record"]) if row["record"] else None
-            rows.append(row)
+        rows += found
     return rows
 
 

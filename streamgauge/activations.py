@@ -1,6 +1,7 @@
 """Whole activations of named hooks, for laws that need vectors rather than norms; kept in the store, memory-mapped."""
 
 import hashlib
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ def _run(bridge: Any, rows: Prompts, paths: dict[str, Path], limit: int) -> None
                     files[name][starts[prompt] : starts[prompt + 1]] = x[row].float().numpy()
     for name, file in files.items():
         file.flush()
-        paths[name].with_suffix(".part").replace(paths[name])
+        Path(str(file.filename)).replace(paths[name])
 
 
 def _create(path: Path, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path.with_suffix(".part"), mode="w+", dtype=np.float32, shape=shape)
+    return np.lib.format.open_memmap(path.with_suffix(f".{uuid.uuid4().hex}.part"), mode="w+", dtype=np.float32, shape=shape)

@@ -12,7 +12,7 @@ class Band:
     high: float | None
     source: str
     layers: tuple[int, int] | None = None
-    kind: str = "phenomenon"
+    is_reference: bool = False
 
     def __contains__(self, value: float) -> bool:
         return self.margin(value) > 0
@@ -25,8 +25,8 @@ class Band:
         return self.layers
 
     def margin(self, value: float) -> float:
-        """Distance to the nearer bound, positive inside; NaN is infinitely far outside."""
-        if math.isnan(value):
+        """Distance to the nearer bound, positive inside; NaN and infinity are infinitely far outside."""
+        if not math.isfinite(value):
             return -math.inf
         distances = [value - self.low] if self.low is not None else []
         distances += [self.high - value] if self.high is not None else []
@@ -41,13 +41,13 @@ class Band:
 
 
 def below(high: float, source: str) -> Band:
-    """What a theorem allows: an error up to a bound that its source derives."""
-    return Band(None, float(high), source, kind="theorem")
+    """What a law that states its own bound allows: an error up to a bound that its source derives."""
+    return Band(None, float(high), source)
 
 
 def between(low: float, high: float, source: str) -> Band:
-    """What a theorem allows: a value between two derived bounds."""
-    return Band(float(low), float(high), source, kind="theorem")
+    """What a law that states its own bounds allows: a value between two of them."""
+    return Band(float(low), float(high), source)
 
 
 def default_window(n_layers: int) -> tuple[int, int]:

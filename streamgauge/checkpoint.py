@@ -57,7 +57,7 @@ def is_cached(repository: str) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     snapshots = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
-    return any(any((folder / name).exists() for name in (SINGLE, INDEX)) for folder in snapshots.glob("*"))
+    return any(_is_whole(folder) for folder in snapshots.glob("*"))
 
 
 def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
@@ -70,7 +70,14 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
         raise UnknownModelError(f"{repository!r} is neither a folder nor a hub repository's name.") from None
     except LocalEntryNotFoundError:
         return None
-    return folder if any((folder / name).exists() for name in (SINGLE, INDEX)) else None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all weights are there: an interrupted download leaves an index without some of its shards."""
+    if (folder / INDEX).is_file():
+        return all((folder / shard).is_file() for shard in _shards(folder))
+    return (folder / SINGLE).is_file()
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -100,7 +107,9 @@ def _download(repository: str, revision: str | None) -> Path:
 def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; name the folder that save_pretrained wrote.")
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict) or "transformers_weights" in config:
+        raise CheckpointError(f"{folder / 'config.json'} is no configuration, or names weight files of its own; refused.")
     files = tuple(_weight_files(folder))
     for file in files:
         with _open(file):
@@ -109,9 +118,11 @@ def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file() and (folder / SINGLE).is_file():
+        raise CheckpointError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant.")
     if (folder / INDEX).is_file():
-        shards = set(_read_json(folder / INDEX).get("weight_map", {}).values())
-        strays = [s for s in shards if not isinstance(s, str) or Path(s).name != s]
+        shards = _shards(folder)
+        strays = [s for s in shards if Path(s).name != s]
         if strays:
             raise CheckpointError(f"{folder / INDEX} names {strays[0]!r}, which is not a file of that folder; refused.")
         missing = sorted(s for s in shards if not (folder / s).is_file())
@@ -127,6 +138,15 @@ def _weight_files(folder: Path) -> list[Path]:
             "convert them with save_pretrained(safe_serialization=True) where you trust them."
         )
     raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there.")
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that an index names."""
+    index = _read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to files; copy the checkpoint again.")
+    return set(weight_map.values())
 
 
 def _read_json(path: Path) -> Any:

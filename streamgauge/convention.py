@@ -44,10 +44,15 @@ def ov_norms(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     reading, writing = ov_grams(W_V, W_O)
     frobenius = np.sqrt(np.maximum((reading * writing.swapaxes(-1, -2)).sum((-1, -2)), 0))
+    return frobenius, np.sqrt(product_eigenvalues(reading, writing)[..., -1])
+
+
+def product_eigenvalues(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
+    """Eigenvalues, ascending and not negative, of the product of two Gram matrices (…, d_head, d_head): sigma_i² of W_OV."""
     values, vectors = np.linalg.eigh(reading)
-    root = (vectors * np.sqrt(np.maximum(values, 0))[:, None, :]) @ vectors.swapaxes(-1, -2)
-    largest = np.linalg.eigvalsh(root @ writing @ root)[:, -1]
-    return frobenius, np.sqrt(np.maximum(largest, 0))
+    root = (vectors * np.sqrt(np.maximum(values, 0))[..., None, :]) @ vectors.swapaxes(-1, -2)
+    eigenvalues: np.ndarray = np.maximum(np.linalg.eigvalsh(root @ writing @ root), 0)
+    return eigenvalues
 
 
 def random_inputs(n: int, d_model: int, centres: bool, seed: int) -> np.ndarray:

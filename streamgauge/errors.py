@@ -4,6 +4,10 @@
 class StreamgaugeError(Exception):
     """Base of every error that streamgauge raises on purpose; its text is written for the user."""
 
+    def __str__(self) -> str:
+        # Names in it may come from a checkpoint: nothing that a terminal would act on gets through.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class UnknownModelError(StreamgaugeError):
     """No folder, catalogued model or hub repository has this name."""

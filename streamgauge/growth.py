@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamgauge.errors import NotApplicable
+from streamgauge.errors import NotApplicable, NotMeasured
 
 COVERAGE = 0.75  # a window may lack this much at its ends in a published record, no more
 
 
 def measured_window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[int, int]:
     """The window between its first and last measured layer. Raises NotApplicable where too little of it was measured."""
+    if norms.shape[1] == 0:
+        raise NotMeasured("no token but those at position 0 was measured; use longer prompts")
     first, last = layers
     measured = [n for n in range(first, min(last, len(norms) - 1) + 1) if not np.isnan(norms[n]).all()]
     if not measured or measured[-1] - measured[0] < COVERAGE * (last - first):
@@ -29,42 +31,41 @@ def _window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.
 def growth_rates(norms: np.ndarray, layers: tuple[int, int]) -> np.ndarray:
     """Each token's geometric mean growth a layer over a window, ends included: exp(mean slope of the log norm).
 
-    norms: (layers, tokens), NaN where a layer was not measured; between the first and the last measured layer of the
-    window. Returns (tokens,), NaN for tokens measured at fewer than two layers of it.
+    norms: (layers, tokens). Returns (tokens,), NaN where either end was not measured.
     """
-    index, logs = _window(norms, layers)
-    rates = np.full(norms.shape[1], np.nan)
-    for token in range(norms.shape[1]):
-        measured = np.flatnonzero(~np.isnan(logs[:, token]))
-        if len(measured) >= 2:
-            first, last = measured[0], measured[-1]
-            rates[token] = np.exp((logs[last, token] - logs[first, token]) / (index[last] - index[first]))
+    first, last = layers
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates: np.ndarray = np.exp((np.log(norms[last]) - np.log(norms[first])) / (last - first))
     return rates
 
 
 def mean_rate(rates: np.ndarray) -> float:
-    """The geometric mean over tokens, NaN left out."""
-    return float(np.exp(np.nanmean(np.log(rates))))
+    """The geometric mean over tokens; NaN where one of them is."""
+    return float(np.exp(np.log(rates).mean()))
 
 
 def log_linear_r2(norms: np.ndarray, layers: tuple[int, int]) -> float:
-    """R² of a straight line through the log norm against the layer, log norms averaged over tokens first."""
+    """R² of a straight line through the log norm against the layer, log norms averaged over tokens first.
+
+    Negative where the line falls, 0 where the norm stays as it is: neither is growth.
+    """
     index, logs = _mean_log(norms, layers)
     if np.ptp(logs) == 0:
-        return 1.0
-    return float(np.corrcoef(index, logs)[0, 1] ** 2)
+        return 0.0
+    correlation = float(np.corrcoef(index, logs)[0, 1])
+    return correlation * abs(correlation)
 
 
-def curvature(norms: np.ndarray, layers: tuple[int, int]) -> tuple[float, float]:
-    """How fast the log growth rate rises a layer, and the standard error of that slope.
+def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple[float, float]:
+    """How fast the log growth rate rises a layer, and what its scatter explains at a one-sided level (t test).
 
-    The slope of log(norm[n+1] / norm[n]) against n, log norms averaged over tokens first.
+    The slope of log(norm[n+1] / norm[n]) against n + 1/2, log norms averaged over tokens first.
     """
-    from scipy.stats import linregress
+    from scipy.stats import linregress, t
 
     index, logs = _mean_log(norms, layers)
-    fit = linregress(index[:-1], np.diff(logs) / np.diff(index))
-    return float(fit.slope), float(fit.stderr)
+    fit = linregress((index[:-1] + index[1:]) / 2, np.diff(logs) / np.diff(index))
+    return float(fit.slope), float(t.isf(level, len(index) - 3) * fit.stderr)
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,10 +86,8 @@ class Interval:
 
 def bootstrap_rate(rates: np.ndarray, prompts: np.ndarray, resamples: int = 1000) -> Interval:
     """95% interval of mean_rate when whole prompts are resampled, tokens of one prompt being alike. Seeded."""
-    logs = np.log(rates)
-    measured = ~np.isnan(logs)
-    names, group = np.unique(prompts[measured], return_inverse=True)
-    sums, counts = np.bincount(group, logs[measured]), np.bincount(group)
+    names, group = np.unique(prompts, return_inverse=True)
+    sums, counts = np.bincount(group, np.log(rates)), np.bincount(group)
     draws = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
     low, high = np.quantile(sums[draws].sum(1) / counts[draws].sum(1), [0.025, 0.975])
     return Interval(float(np.exp(low)), float(np.exp(high)))

@@ -55,11 +55,15 @@ def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
         metadata["failed"] = {"stream": reason, "weights": reason}
     else:
-        arrays = {f"weights/{k}": v for k, v in weights.measure_weights(bridge, layout).items()}
-        metadata["matrices"] = weights.locate_matrices(bridge, names, checkpoint)
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
         readings, absent = stream.measure_stream(bridge, layout, rows, show)
         metadata["absent"] = {f"stream/{name}": why for name, why in absent.items()}
+        try:
+            arrays = {f"weights/{k}": v for k, v in weights.measure_weights(bridge, layout).items()}
+            metadata["matrices"] = weights.locate_matrices(bridge, names, checkpoint)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            reason = f"TransformerLens shows no W_V and W_O by head for {metadata['architecture']} ({type(error).__name__})"
+            metadata["absent"]["weights"] = reason
         overflow = _first_not_finite(readings)
         if overflow:
             metadata["failed"] = {"stream": overflow}
@@ -82,6 +86,10 @@ def _first_not_finite(readings: dict[str, Any]) -> str | None:
 
 def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> dict[str, Any]:
     norm = "LayerNorm" if layout.centres else "RMSNorm"
+    if not layout.pre_norm:
+        norm = "post-norm"
+    elif not layout.has_ln1:
+        norm = f"{norm}, none before the attention"
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -89,7 +97,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "architecture": type(model).__name__,
         "stored_dtype": stored_dtypes(checkpoint),
         "arithmetic": "float32",
-        "norm": norm if layout.has_ln1 else f"{norm}, none before the attention",
+        "norm": norm,
         "centres": layout.centres,
         "parallel": layout.parallel,
         "pre_norm": layout.pre_norm,

@@ -1,5 +1,6 @@
 """Open a checkpoint in TransformerLens's raw bridge, and find out what its norms do. Imports torch inside functions."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from streamgauge.errors import CheckpointError
 if TYPE_CHECKING:
     pass
 
+LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
 
 
@@ -58,7 +60,24 @@ def load_model(checkpoint: Checkpoint, device: str) -> Any:
             f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first: "
             "the checkpoint is truncated or its config belongs to another model."
         )
-    return model.to(device).eval()
+    beyond = [name for name in sorted(loading["unexpected_keys"]) if _layer(name) >= config.get_text_config().num_hidden_layers]
+    if beyond:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {len(beyond)} tensors of layers that its config.json does not have, {beyond[0]} first: "
+            "its config belongs to another model."
+        )
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"the device {device!r} cannot be used ({_first_line(error)}); name another with --device."
+        ) from error
+
+
+def _layer(name: str) -> int:
+    """The layer in a tensor's name, -1 where it has none."""
+    found = LAYER.search(f".{name}")
+    return int(found.group(1)) if found else -1
 
 
 def _unsupported(checkpoint: Checkpoint, why: str) -> CheckpointError:
@@ -80,7 +99,14 @@ def build_bridge(model: Any) -> Any:
     """The raw bridge around a loaded model, which it changes in place; no tokenizer, no weight processing."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    try:
+        return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    except Exception as error:
+        raise _no_bridge(model, error) from error
+
+
+def _no_bridge(model: Any, error: Exception) -> CheckpointError:
+    return CheckpointError(f"TransformerLens's bridge cannot run this {type(model).__name__} ({_first_line(error)}).")
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,14 @@ class Layout:
 
 
 def probe_layout(bridge: Any) -> Layout:
-    """Find out by trying: norms are run on known vectors, and a block on two tokens."""
+    """Find out by trying: norms are run on known vectors, and a block on two tokens. Raises CheckpointError."""
+    try:
+        return _probe_layout(bridge)
+    except Exception as error:
+        raise _no_bridge(bridge.original_model, error) from error
+
+
+def _probe_layout(bridge: Any) -> Layout:
     import torch
 
     d_model, blocks = bridge.cfg.d_model, list(bridge.blocks)
@@ -146,12 +179,14 @@ def _probe_norm(norm: Any, d_model: int) -> tuple[np.ndarray, np.ndarray, bool]:
     import torch
 
     parameter = next(norm.parameters(), torch.zeros(1))
-    signs = torch.ones(d_model, device=parameter.device)
-    signs[1::2] = -1
-    bias = norm(torch.zeros_like(signs)[None, None])[0, 0]
-    output = norm(PROBE_SIZE * signs[None, None])[0, 0]
-    shifted = norm(PROBE_SIZE * (signs[None, None] + 0.5))[0, 0]
+    probe = torch.ones(d_model, device=parameter.device)
+    probe[1::2] = -1
+    if d_model % 2:
+        probe[-3:] = torch.tensor([1.0, 1.0, -2.0])  # the mean must be exactly 0, and no coordinate
+    bias = norm(torch.zeros_like(probe)[None, None])[0, 0]
+    output = norm(PROBE_SIZE * probe[None, None])[0, 0]
+    shifted = norm(PROBE_SIZE * (probe[None, None] + 0.5))[0, 0]
     scale = float(torch.linalg.vector_norm(output - bias)) or 1.0
     centres = float(torch.linalg.vector_norm(shifted - output)) < 1e-3 * scale
-    gain = (output - bias) * signs
+    gain = (output - bias) / (probe / probe.square().mean().sqrt())
     return gain.double().cpu().numpy(), bias.double().cpu().numpy(), centres

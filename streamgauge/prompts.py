@@ -87,7 +87,9 @@ def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -
     if prompts is not None:
         return prompts
     if not built_in:
-        raise PromptError(f"{folder} has no tokenizer that can write these prompts; leave out --prompts to let the model write some.")
+        raise PromptError(
+            f"{folder} has no tokenizer that can write these prompts; leave out --prompts to let the model write some."
+        )
     bos = model.config.get_text_config().bos_token_id
     usable = isinstance(bos, int) and bos < vocabulary
     return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
@@ -127,10 +129,11 @@ def sample(model: Any, *, bos: int | None, context: int, vocabulary: int) -> Pro
         start = torch.randint(vocabulary, (SAMPLED_PROMPTS, 1), generator=generator)
     else:
         start = torch.full((SAMPLED_PROMPTS, 1), bos)
-    ids = start.to(model.device)
+    ids, past = start.to(model.device), None
     with torch.no_grad():
         while ids.shape[1] < min(SAMPLED_LENGTH, context):
-            odds = model(ids, use_cache=False).logits[:, -1].float().softmax(-1).cpu()
+            output = model(ids[:, -1:], past_key_values=past, use_cache=True)
+            past, odds = output.past_key_values, output.logits[:, -1].float().softmax(-1).cpu()
             ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator).to(ids.device)], 1)
     source = f"{SAMPLED_PROMPTS} rows of {ids.shape[1]} tokens sampled from the model: no tokenizer that can write the prompts"
     return Prompts(ids.tolist(), source, bos)

@@ -76,9 +76,8 @@ class Record:
 
     @property
     def text_resid(self) -> np.ndarray:
-        """`resid` at text tokens. Raises NotApplicable for post-norm models, whose stream is normalised block by block."""
-        if not self.metadata.get("pre_norm", True):
-            raise NotApplicable("post-norm blocks normalise the stream itself, so it does not grow freely")
+        """`resid` at text tokens. Raises NotApplicable for post-norm models."""
+        self.require_pre_norm()
         return self.resid[:, self.is_text]
 
     @property
@@ -86,6 +85,11 @@ class Record:
         """How many text tokens there are, in words; what a published aggregate stands for instead."""
         aggregate: str | None = self.metadata.get("aggregate")
         return aggregate or f"{int(self.is_text.sum()):,} tokens"
+
+    def require_pre_norm(self) -> None:
+        """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""
+        if not self.metadata.get("pre_norm", True):
+            raise NotApplicable("post-norm blocks normalise the stream itself, so it does not grow freely")
 
     def require_tokens(self) -> None:
         """Raise NotApplicable for a published aggregate, which knows no single token."""

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamgauge.checkpoint import Checkpoint, weights_sha256
-from streamgauge.errors import RecordError, StoreError
+from streamgauge.errors import NotMeasured, RecordError, StoreError
 from streamgauge.measure import INSTRUMENT, measure
 from streamgauge.prompts import read_prompts
 from streamgauge.record import Record, write_whole
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def default_store() -> Path:
@@ -42,8 +45,10 @@ class Store:
             try:
                 return Record.load(path)
             except RecordError:
-                path.unlink()
+                path.unlink(missing_ok=True)
         record = measure(checkpoint, prompts=prompts, device=device, show=show)
+        if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
+            raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         record.save(path)
         return record
 
@@ -66,8 +71,8 @@ class Store:
         identity = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         note = self.folder / "hashes" / name
-        if note.is_file():
-            return note.read_text()
+        if note.is_file() and SHA256.fullmatch(noted := note.read_text()):
+            return noted
         digest = weights_sha256(checkpoint)
         note.parent.mkdir(exist_ok=True)
         write_whole(note, digest.encode())

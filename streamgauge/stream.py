@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 1024
+TINY = 1e-30  # 0 / 0 is 0: a zero vector is the sum of zero vectors
 NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
 POST_NORM = "post-norm blocks normalise the stream itself, so sublayers do not simply add to it"
 NO_LN1 = "no norm precedes the attention"
@@ -108,7 +109,7 @@ class _Meter:
         parts = [raw["resid_pre"], raw["attn_out"], raw["mlp_out"]]
         error = norm(raw["resid_post"] - parts[0] - parts[1] - parts[2], dim=-1)
         # Rounding is relative to the raw vectors, whose mean the convention takes away.
-        self._note(layer, "additivity_error", error / sum(norm(x, dim=-1) for x in parts))
+        self._note(layer, "additivity_error", error / sum(norm(x, dim=-1) for x in parts).clamp_min(TINY))
 
     def _read_norm(self, layer: int, resid: "torch.Tensor", output: "torch.Tensor") -> None:
         """The factor between gain * resid and the norm's output, by least squares, and what it leaves unexplained."""
@@ -116,10 +117,12 @@ class _Meter:
 
         expected = resid.double() * torch.as_tensor(self.layout.gains[layer], device=resid.device)
         found = output.double() - torch.as_tensor(self.layout.biases[layer], device=resid.device)
-        scale = (expected * found).sum(-1) / (found**2).sum(-1)
+        size = (found**2).sum(-1)
+        # A zero vector says nothing about the scale; the norm divides by the root of its epsilon then.
+        scale = torch.where(size > 0, (expected * found).sum(-1) / size.clamp_min(TINY), self.layout.epsilon**0.5)
         rest = torch.linalg.vector_norm(expected - scale[..., None] * found, dim=-1)
         self._note(layer, "ln1_scale", scale)
-        self._note(layer, "ln1_residual", rest / torch.linalg.vector_norm(expected, dim=-1))
+        self._note(layer, "ln1_residual", rest / torch.linalg.vector_norm(expected, dim=-1).clamp_min(TINY))
 
     def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
         return x - x.mean(-1, keepdim=True) if self.layout.centres else x

@@ -1,7 +1,6 @@
 """The `weights` group: norms of W_OV by head, the state of every tensor, and where W_V and W_O lie in the files."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,10 @@ import numpy as np
 
 from streamgauge.checkpoint import Checkpoint, read_tensor, tensor_names
 from streamgauge.convention import expand_heads, fold_reading, fold_writing, ov_norms
-from streamgauge.model import Layout
+from streamgauge.model import LAYER, Layout
 
 if TYPE_CHECKING:
     import torch
-
-LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 
 
 def measure_integrity(model: Any) -> dict[str, list[str]]:

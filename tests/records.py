@@ -9,7 +9,9 @@ from streamgauge.record import Record
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 
 
-def sound_record(rate: float = 1.045, *, n_layers: int = 16, bend: float = 0.0, **metadata: Any) -> Record:
+def sound_record(
+    rate: float = 1.045, *, model: str = "somebody's", n_layers: int = 16, bend: float = 0.0, **metadata: Any
+) -> Record:
     """Layers whose every token grows by `rate` a layer, the log rate rising by `bend` a layer; BOS a hundred times larger.
 
     Blocks write straight along the stream, attention and MLP half each.
@@ -38,6 +40,7 @@ def sound_record(rate: float = 1.045, *, n_layers: int = 16, bend: float = 0.0, 
         "weights/W_OV_frobenius": np.outer(1.05 ** np.arange(n_layers), np.linspace(1, 2, N_HEADS)),
     }
     defaults = {
+        "model": model,
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
         "integrity": {"not_finite": [], "dead": [], "alike": []}, "convention": "folded, centred", "revision": None,
         "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu", "versions": {},

@@ -95,6 +95,25 @@ def shard_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
 
 
+def index_beside_weights(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+
+
+def index_of_another_kind(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": ["b"]}}))
+
+
+def names_its_own_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+
+
+def fewer_layers_than_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+
+
 BROKEN = {
     no_config: "has no config.json",
     no_weights: "has no weights",
@@ -106,6 +125,10 @@ BROKEN = {
     broken_json: "config.json is not readable JSON",
     lacks_a_layer: "lacks 12 of the tensors",
     other_shape: "do not fit its config.json",
+    index_beside_weights: "holds both model.safetensors and model.safetensors.index.json",
+    index_of_another_kind: "has no weight_map",
+    names_its_own_weights: "names weight files of its own",
+    fewer_layers_than_weights: "holds 11 tensors of layers that its config.json does not have",
     shard_missing: "lacks model-00002-of-00002.safetensors",
     shard_outside: "not a file of that folder",
 }
@@ -144,6 +167,44 @@ def test_measure_knows_the_nearest_names(run_streamgauge: Callable[..., Any], tm
     assert done.returncode == 4
     assert done.stderr.startswith("streamgauge: no model is called 'gpt2-xxl'") and "gpt2-xl" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_unknown_device(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="the device 'cuda' cannot be used"):
+        streamgauge.measure(folder, device="cuda")
+
+
+def test_nothing_a_terminal_would_act_on_is_printed() -> None:
+    assert str(CheckpointError("a\x1b[31mb\nstreamgauge: 11 laws hold")) == r"a\x1b[31mb\nstreamgauge: 11 laws hold"
+
+
+def test_report_that_cannot_be_written(folder: Path, tmp_path: Path, audit: Auditing) -> None:
+    (tmp_path / "file").write_text("")
+    found = audit("--model", folder, "--report", tmp_path / "file")
+    assert found.exit == 4 and "the report" in found.output and "cannot be written" in found.output
+
+
+def test_two_checkpoints_of_one_name_stay_apart(sound: Path, tmp_path: Path, audit: Auditing) -> None:
+    for run in ("run0", "run1"):
+        shutil.copytree(sound, tmp_path / run / "ckpt")
+    found = audit("--model", tmp_path / "run0" / "ckpt", "--model", tmp_path / "run1" / "ckpt", "-k", "integrity")
+    assert [row["model"] for row in found.rows] == ["ckpt", "run1/ckpt"]
+    assert len({row["record"] for row in found.rows}) == 2
+
+
+def test_a_folders_name_lends_it_no_bands(sound: Path, tmp_path: Path, audit: Auditing) -> None:
+    found = audit("--model", shutil.copytree(sound, tmp_path / "gpt2"), "-k", "super_exponential or integrity")
+    assert found.row("residual/super_exponential")["outcome"] == "not_applicable"
+    assert found.row("weights/integrity")["reproduce"].endswith(f"--model {tmp_path / 'gpt2'}")
+
+
+def test_one_token_prompts_are_too_short_to_measure_growth(tmp_path: Path, audit: Auditing) -> None:
+    folder = models.save(models.gpt2(12), tmp_path / "deep")
+    word_tokenizer(folder, ["<unk>", "word"])
+    (tmp_path / "short.txt").write_text("word\nword\n")
+    found = audit("--model", folder, "--prompts", tmp_path / "short.txt", "-k", "growth_rate or integrity")
+    assert found.exit == 1 and found.row("residual/growth_rate")["outcome"] == "error"
+    assert "use longer prompts" in found.row("residual/growth_rate")["reason"]
 
 
 def test_a_file_is_not_a_checkpoint(folder: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fixtures import catalogue
 from streamgauge.prompts import read_prompts
 from streamgauge.record import Record
-
 from tests.conftest import ROOT, Audit
 
 BUNDLED = ROOT / "fixtures" / "bundled"

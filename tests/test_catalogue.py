@@ -57,7 +57,7 @@ def test_nearest_names() -> None:
 
 def test_a_model_has_its_own_band_or_the_general_one_or_none() -> None:
     assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).layers == (5, 41)
-    assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).kind == "reference"
+    assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).is_reference
     assert catalogue.band("residual/growth_rate", "somebody's", 32).layers == (4, 27)
     with pytest.raises(NotApplicable, match="12 layers or more; this one has 5"):
         catalogue.band("residual/growth_rate", "somebody's", 5)
@@ -77,7 +77,7 @@ def test_growth_helpers_on_a_known_curve() -> None:
     assert window == (2, 13) and measured_window(resid, window) == window
     assert mean_rate(growth_rates(resid, window)) == pytest.approx(1.045)
     assert log_linear_r2(resid, window) == pytest.approx(1)
-    assert curvature(sound_record(1.045, bend=0.01).text_resid, window)[0] == pytest.approx(0.01, abs=1e-5)
+    assert curvature(sound_record(1.045, bend=0.01).text_resid, window, 0.01)[0] == pytest.approx(0.01, abs=1e-5)
 
 
 def test_laws_are_listed(run_streamgauge: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import streamgauge
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.convention import centre, ov_norms
 from streamgauge.matrices import Matrices
-from streamgauge.model import build_bridge, probe_layout
+from streamgauge.model import _probe_norm, build_bridge, probe_layout
 from streamgauge.prompts import Prompts
 from streamgauge.stream import measure_stream
 from streamgauge.weights import measure_weights
@@ -89,6 +89,30 @@ def test_post_norm_blocks_are_said_to_be_so(tmp_path: Any) -> None:
         record.array("stream/additivity_error")
     with pytest.raises(streamgauge.errors.NotApplicable, match="post-norm"):
         _ = record.text_resid
+
+
+def test_without_heads_of_its_own_the_stream_is_measured_still(tmp_path: Any) -> None:
+    config = models.tf.DeepseekV3Config(
+        **models.LLAMA, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
+        n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
+    )  # fmt: skip
+    record = streamgauge.measure(models.save(models.tf.DeepseekV3ForCausalLM(config).float().eval(), tmp_path))
+    assert record.resid_pre.shape[0] == 3
+    with pytest.raises(streamgauge.errors.NotApplicable, match="shows no W_V and W_O"):
+        record.array("weights/W_OV_frobenius")
+
+
+@torch.no_grad()
+def test_gains_are_found_at_any_width() -> None:
+    for width in (32, 33):
+        norm = torch.nn.LayerNorm(width)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        gain, bias, centres = _probe_norm(norm, width)
+        assert centres
+        np.testing.assert_allclose(gain, norm.weight.detach(), rtol=1e-5)
+        np.testing.assert_allclose(bias, norm.bias.detach(), rtol=1e-6)
+    assert not _probe_norm(torch.nn.RMSNorm(32), 32)[2]
 
 
 def test_centring_is_what_layernorm_ignores() -> None:

@@ -9,13 +9,12 @@ Massart 2000, lemma 1.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
 """
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamgauge.bands import between
-from streamgauge.convention import ov_grams, random_inputs, response_tolerance
+from streamgauge.convention import ov_grams, product_eigenvalues, random_inputs, response_tolerance
 from streamgauge.matrices import Matrices
 from streamgauge.record import Record
 
@@ -23,12 +22,12 @@ FALSE_ALARM = 1e-6
 
 
 @pytest.mark.theorem
-@settings(derandomize=True, deadline=None, database=None, max_examples=50)
+@settings(derandomize=True, deadline=None, database=None, max_examples=25)
 @given(data=st.data())
 def test_frobenius_is_random_response(record: Record, weights: Matrices, check, data: st.DataObject) -> None:
     norms = record.array("weights/W_OV_frobenius")
     layer = data.draw(st.integers(0, len(norms) - 1), "layer")
-    seed, n = data.draw(st.integers(0, 2**32), "seed"), data.draw(st.sampled_from([64, 256, 1024]), "samples")
+    seed, n = data.draw(st.integers(0, 2**32), "seed"), data.draw(st.sampled_from([64, 128, 512]), "samples")
 
     W_V, W_O = weights.W_V(layer), weights.W_O(layer)
     d_model = W_V.shape[1]
@@ -36,7 +35,7 @@ def test_frobenius_is_random_response(record: Record, weights: Matrices, check, 
     per_norm = d_model / (d_model - 1) if weights.centres else 1.0
     for head, (reading, writing) in enumerate(zip(*ov_grams(W_V, W_O), strict=True)):
         response = (((x @ W_V[head]) @ W_O[head]) ** 2).sum(1).mean()
-        eigenvalues = per_norm * np.maximum(np.linalg.eigvals(reading @ writing).real, 0)
+        eigenvalues = per_norm * product_eigenvalues(reading, writing)
         expected = per_norm * norms[layer, head] ** 2
         if not expected and not eigenvalues.any():
             continue  # 0 = 0; a dead head is the integrity law's to report

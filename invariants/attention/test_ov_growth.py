@@ -2,7 +2,7 @@
 
 rate = growth a layer of ‖W_V W_O‖_F, folded and centred, averaged over the heads of a layer.
 Source: Heimersheim and Turner 2023; for gpt2 two independent sets of published norms.
-Applies to: pre-norm decoders of 12 layers or more.
+Applies to: the pre-norm models for which it was published, and the bundled one.
 """
 
 import pytest
@@ -14,6 +14,7 @@ from streamgauge.record import Record
 
 @pytest.mark.phenomenon
 def test_ov_growth(record: Record, band: Band, check) -> None:
+    record.require_pre_norm()
     norms = record.array("weights/W_OV_frobenius").mean(1, keepdims=True)
     rate = growth_rates(norms, band.window)[0]
     check(rate, within=band, what="growth of ‖W_OV‖", unit="a layer", of="mean over heads")

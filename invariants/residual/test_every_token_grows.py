@@ -2,10 +2,11 @@
 
 min over tokens of (‖resid[b]‖ / ‖resid[a]‖) ** (1 / (b - a)) > 1.
 Source: Heimersheim and Turner 2023, the authors' data (gpt2-xl: the slowest of 1,061 tokens grows by 1.027 a layer).
-Applies to: pre-norm decoders of 12 layers or more.
+Applies to: the models whose single tokens were published; delimiters with massive activations stand still in others.
 """
 
-import numpy as np
+from dataclasses import replace
+
 import pytest
 
 from streamgauge.bands import Band
@@ -16,5 +17,12 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_every_token_grows(record: Record, band: Band, check) -> None:
     record.require_tokens()
-    rates = growth_rates(record.text_resid, measured_window(record.text_resid, band.window))
-    check(np.nanmin(rates), within=band, what="slowest growth", unit="a layer", of=f"minimum over {record.count_text}")
+    window = measured_window(record.text_resid, band.window)
+    rates = growth_rates(record.text_resid, window)
+    check(
+        rates.min(),
+        within=replace(band, layers=window),
+        what="slowest growth",
+        unit="a layer",
+        of=f"minimum over {record.count_text}",
+    )

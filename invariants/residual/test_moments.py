@@ -1,4 +1,4 @@
-"""The norm of the stream is what the block's first norm divides by: ‖c(resid_pre)‖² = d_model · (scale² - ε).
+"""The norm of the stream is what the block's first norm divides by: ‖c(resid_pre)‖² / d_model + ε = scale².
 
 With LayerNorm scale² is variance + ε of the raw stream, with RMSNorm mean square + ε; scale is read off the norm's own
 output. What scaling and gain do not explain of that output must be rounding.
@@ -22,7 +22,7 @@ def test_moments(record: Record, check) -> None:
     d_model, epsilon = record.metadata["d_model"], record.metadata["epsilon"]
     # Mean, variance and our own norm are each a sum of d_model terms, with relative error at most d_model roundings.
     rounding = below(3 * d_model * UNIT, f"three sums of {d_model} terms in fp32, d_model roundings each (Higham 2002, §4.2)")
-    error = np.abs(resid**2 / (d_model * (scale**2 - epsilon)) - 1).max()
+    error = np.abs((resid**2 / d_model + epsilon) / scale**2 - 1).max()
     check(error, within=rounding, what="relative error of ‖resid_pre‖² against the norm's scale", of="every token and layer")
     rest = record.array("stream/ln1_residual").max()
     check(rest, within=rounding, what="part of the norm's output that scaling does not explain", of="every token and layer")

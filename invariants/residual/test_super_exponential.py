@@ -19,9 +19,7 @@ LEVEL = 0.01
 
 @pytest.mark.phenomenon
 def test_super_exponential(record: Record, band: Band, check) -> None:
-    from scipy.stats import t
-
-    first, last = measured_window(record.text_resid, band.window)
-    slope, error = curvature(record.text_resid, (first, last))
-    by_chance = t.isf(LEVEL, last - first - 2) * error
-    check(slope, within=replace(band, low=by_chance), what="rise of the log growth rate", unit="a layer", of=record.count_text)
+    window = measured_window(record.text_resid, band.window)
+    slope, by_chance = curvature(record.text_resid, window, LEVEL)
+    rising = replace(band, low=by_chance, layers=window)
+    check(slope, within=rising, what="rise of the log growth rate", unit="a layer", of=record.count_text)
