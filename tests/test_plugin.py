@@ -79,8 +79,9 @@ def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, tmp_path: Pat
     done = subprocess.run([*command, *options], cwd=away, env=environment, capture_output=True, text=True, check=False)
     assert "could not be measured\n" in done.stdout and " 0 could not be measured" in done.stdout, done.stdout + done.stderr
     assert "residual/test_growth_rate.py::test_growth_rate[somebody]" in done.stdout
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "--pyargs streamgauge.invariants.residual.test_growth_rate" in page or "Nothing failed." in page
+    assert (tmp_path / "report" / "report.html").is_file()
+    rows = (tmp_path / "report" / "rows.jsonl").read_text()
+    assert f"pytest --pyargs streamgauge.invariants.residual.test_growth_rate --model {folder}" in rows
 
 
 @pytest.mark.parametrize(("name", "layers"), [("stories260K", 5), ("makemore_lmj9", 4)])
