@@ -93,8 +93,9 @@ def test_post_norm_blocks_are_said_to_be_so(tmp_path: Any) -> None:
 
 def test_without_heads_of_its_own_the_stream_is_measured_still(tmp_path: Any) -> None:
     config = models.tf.DeepseekV3Config(
-        **models.LLAMA, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
-        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
+        **models.LLAMA, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1,
     )  # fmt: skip
     record = streamgauge.measure(models.save(models.tf.DeepseekV3ForCausalLM(config).float().eval(), tmp_path))
     assert record.resid_pre.shape[0] == 3
