@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from streamgauge.errors import StreamgaugeError, UnknownModelError
+from streamgauge.errors import RecordError, StreamgaugeError, UnknownModelError
 from streamgauge.laws import laws
 
 FAILED, USAGE = 1, 4
@@ -81,7 +81,12 @@ def _report(options: argparse.Namespace) -> None:
     for path in options.rows:
         if not path.is_file():
             raise UnknownModelError(f"there is no file {path}; name the rows.jsonl that pytest --report wrote.")
-    _part("reports.render").render(options.rows, options.output)
+    try:
+        _part("reports.render").render(options.rows, options.output)
+    except (ValueError, KeyError, TypeError) as error:
+        named = ", ".join(map(str, options.rows))
+        raise RecordError(f"{named} is not the rows.jsonl of an audit ({type(error).__name__}: {error}).") from error
+    print(options.output / "report.html")
 
 
 def _part(name: str) -> Any:

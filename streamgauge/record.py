@@ -23,6 +23,7 @@ All norms are L2 over d_model in the folded and centred convention (see `streamg
 Rows that a published record does not cover are NaN. `metadata["absent"]` says why an array is missing.
 """
 
+import difflib
 import json
 import uuid
 from dataclasses import dataclass
@@ -34,9 +35,15 @@ import numpy as np
 from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreError
 
 FORMAT = "streamgauge-record-1"
+STREAM = (
+    "resid_pre resid_mid resid_post attn_out mlp_out pre_dot_attn mid_dot_mlp additivity_error ln1_scale ln1_residual "
+    "prompt position is_bos is_padding"
+)
+WEIGHTS = "W_OV_frobenius W_OV_spectral ln1_gain"
+ARRAYS = [f"stream/{name}" for name in STREAM.split()] + [f"weights/{name}" for name in WEIGHTS.split()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """Arrays by `group/name`, and JSON metadata (model, revision, weights_sha256, convention, versions, absent …)."""
 
@@ -55,7 +62,14 @@ class Record:
             for key in (name, group):
                 if key in reasons:
                     raise error(reasons[key])
-        raise NotApplicable(f"the record has no {name}")
+        if name not in ARRAYS:
+            near = ", ".join(difflib.get_close_matches(name, ARRAYS, n=3, cutoff=0)) or "none"
+            raise NotMeasured(f"no record has an array {name!r}; the nearest names are {near}")
+        raise NotApplicable(f"this record has no {name}")
+
+    def __repr__(self) -> str:
+        names = ", ".join(sorted(self.arrays))
+        return f"Record of {self.metadata.get('model')}, {self.n_layers} layers, {self.metadata.get('convention')}: {names}"
 
     @property
     def resid_pre(self) -> np.ndarray:

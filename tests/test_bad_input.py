@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 import streamgauge
 from streamgauge.checkpoint import open_checkpoint
-from streamgauge.errors import CheckpointError, PromptError, UnknownModelError
+from streamgauge.errors import CheckpointError, NotMeasured, PromptError, UnknownModelError
 from tests import models
 from tests.conftest import Audit
+from tests.records import sound_record
 
 Auditing = Callable[..., Audit]
 
@@ -272,7 +273,17 @@ def test_missing_record_and_damaged_record(audit: Auditing, tmp_path: Path) -> N
     assert audit("--record", tmp_path / "none.safetensors").exit == 4
     (tmp_path / "bad.safetensors").write_bytes(b"not a record")
     found = audit("--record", tmp_path / "bad.safetensors", "-k", "additivity")
-    assert found.exit == 1 and "is damaged" in found.row("residual/additivity")["reason"]
+    assert found.exit == 4 and "is damaged" in found.output
+
+
+def test_a_misspelt_array_is_not_merely_not_applicable() -> None:
+    with pytest.raises(NotMeasured, match="no record has an array 'streams/attn_out'; the nearest names are stream/attn_out"):
+        sound_record().array("streams/attn_out")
+
+
+def test_rows_of_another_kind(run_streamgauge: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    done = run_streamgauge("report", folder / "config.json", "-o", tmp_path / "page")
+    assert done.returncode == 1 and "is not the rows.jsonl of an audit" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_audit_in_which_nothing_was_asserted_has_failed(audit: Auditing) -> None:

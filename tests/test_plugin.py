@@ -61,7 +61,7 @@ def test_a_law_of_ones_own_takes_our_fixtures(folder: Path, run_pytest: Callable
         tmp_path / "test_patterns.py", "--model", folder, "--store", tmp_path / "store", "-c", ROOT / "pyproject.toml"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 laws hold" in done.stdout
+    assert "laws on 1 model: 1 hold, 0 fail" in done.stdout
 
 
 def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, tmp_path: Path) -> None:
