@@ -42,7 +42,7 @@ def sound_record(
     defaults = {
         "model": model,
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
-        "integrity": {"not_finite": [], "dead": [], "alike": []}, "convention": "folded, centred", "revision": None,
+        "integrity": {"not_finite": [], "dead": [], "alike": []}, "convention": "folded, centred", "revision": "test",
         "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu", "versions": {},
         "centres": True,
     }  # fmt: skip

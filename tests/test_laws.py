@@ -140,7 +140,7 @@ def test_growth_that_was_planted_is_measured(tmp_path: Path) -> None:
 
 def test_untrained_weights_do_not_grow_like_trained_ones(audit: Auditing, tmp_path: Path) -> None:
     record = streamgauge.measure(models.save(models.gpt2(16), tmp_path / "untrained"))
-    record.metadata["model"] = "pystdlib-3m"
+    record.metadata.update(model="pystdlib-3m", revision="test")
     record.save(tmp_path / "untrained.safetensors")
     outcomes = audit("--record", tmp_path / "untrained.safetensors", "-m", "phenomenon").outcomes()
     # Heads of an untrained model are all alike, and its stream grows like a random walk.
