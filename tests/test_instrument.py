@@ -128,3 +128,16 @@ def test_batches_hold_every_row_once_and_no_padding() -> None:
     batches = list(prompts.batches(6))
     assert sorted(i for batch in batches for i in batch) == list(range(6))
     assert all(len({len(prompts.rows[i]) for i in batch}) == 1 for batch in batches)
+
+
+def test_shards_and_one_file_give_the_same_record(tmp_path: Any) -> None:
+    model = models.random_model("gpt2")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    sharded = streamgauge.measure(tmp_path / "sharded")
+    single = streamgauge.measure(models.save(model, tmp_path / "single"))
+    np.testing.assert_array_equal(sharded.resid_pre, single.resid_pre)
+    matrices = Matrices(open_checkpoint(tmp_path / "sharded"), sharded)
+    np.testing.assert_allclose(
+        ov_norms(matrices.W_V(1), matrices.W_O(1))[0], single.array("weights/W_OV_frobenius")[1], rtol=1e-12
+    )
