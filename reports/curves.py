@@ -96,7 +96,7 @@ def _stream(arrays: dict[str, np.ndarray], growth: Row | None) -> Figure | None:
     data = [*_spread(layers, quantiles, "rgba(31,119,180,0.25)"), _line(layers, quantiles[1], "median token", "#1f77b4")]
     first = resid[:, ~text]
     if first.size:
-        data.append(_line(layers, np.nanmedian(_known(first), axis=1), "position 0", "#d62728", line={"dash": "dot"}))
+        data.append(_line(layers, _quantiles(first)[1], "position 0", "#d62728", line={"dash": "dot"}))
     if growth:
         data += _wedge(quantiles[1], growth)
     return {
@@ -105,13 +105,6 @@ def _stream(arrays: dict[str, np.ndarray], growth: Row | None) -> Figure | None:
         "read": "A straight line on this axis is exponential growth. The grey stretch is the window of the growth law; "
         "the dashed lines start at its first layer and grow at the rates its band allows.",
     }
-
-
-def _known(values: np.ndarray) -> np.ndarray:
-    """Rows without any number are left as one NaN, which numpy would warn about."""
-    return np.where(np.isnan(values).all(1, keepdims=True), 0, values) * np.where(
-        np.isnan(values).all(1, keepdims=True), np.nan, 1
-    )
 
 
 def _wedge(median: np.ndarray, growth: Row) -> list[dict[str, Any]]:

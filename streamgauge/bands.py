@@ -12,7 +12,6 @@ class Band:
     high: float | None
     source: str
     layers: tuple[int, int] | None = None
-    is_reference: bool = False
 
     def __contains__(self, value: float) -> bool:
         return self.margin(value) > 0

@@ -20,14 +20,6 @@ def measured_window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[int, in
     return measured[0], measured[-1]
 
 
-def _window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The measured layers of a window, and the log norms there; tokens without all of them are NaN."""
-    first, last = layers
-    index = np.arange(first, min(last, len(norms) - 1) + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return index, np.log(norms[index])
-
-
 def growth_rates(norms: np.ndarray, layers: tuple[int, int]) -> np.ndarray:
     """Each token's geometric mean growth a layer over a window, ends included: exp(mean slope of the log norm).
 
@@ -69,11 +61,12 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log norms averaged over the tokens that were measured at every measured layer of the window."""
-    index, logs = _window(norms, layers)
-    best = (~np.isnan(logs)).sum(1).max()
-    kept = (~np.isnan(logs)).sum(1) == best
-    return index[kept], logs[kept][:, ~np.isnan(logs[kept]).any(0)].mean(1)
+    """The measured layers of a window and their mean log norms: NaN where a token is missing from a measured layer."""
+    first, last = layers
+    index = np.arange(first, last + 1)
+    index = index[~np.isnan(norms[index]).all(1)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return index, np.log(norms[index]).mean(1)
 
 
 @dataclass(frozen=True)

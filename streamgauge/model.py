@@ -2,15 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from streamgauge.checkpoint import Checkpoint
 from streamgauge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    pass
 
 LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32

@@ -22,6 +22,16 @@ def default_store() -> Path:
     return user_cache_path("streamgauge")
 
 
+def prepare_folder(folder: Path, what: str, option: str) -> None:
+    """Make a folder and see that it can be written. Raises StoreError, which says what it is and the option to change."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"{what} {folder} cannot be written ({error.strerror}); name another with {option}.") from error
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of records. Processes may share it: files appear whole or not at all."""
@@ -30,13 +40,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder and see that it can be written. Raises StoreError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / ".writable", b"")
-        except OSError as error:
-            raise StoreError(
-                f"the store {self.folder} cannot be written ({error.strerror}); name another with --store."
-            ) from error
+        prepare_folder(self.folder, "the store", "--store")
 
     def record(self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, show: bool = False) -> Record:
         """The stored record of this very checkpoint, or a new one, measured and stored. A damaged one is measured again."""

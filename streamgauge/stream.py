@@ -29,7 +29,7 @@ def measure_stream(bridge: Any, layout: Layout, prompts: Prompts, show: bool) ->
     device = next(bridge.original_model.parameters()).device
     with torch.no_grad():
         for batch in tqdm(batches, "forward pass", unit="batch", disable=None if show else True):
-            meter = _Meter(bridge, layout)
+            meter = _Meter(layout)
             ids = torch.tensor([prompts.rows[i] for i in batch], device=device)
             with bridge.hooks(fwd_hooks=meter.hooks()):
                 bridge(ids, return_type=None)
@@ -68,8 +68,8 @@ def _absent(layout: Layout) -> dict[str, str]:
 class _Meter:
     """Hooks that keep one block's activations just long enough to take their norms."""
 
-    def __init__(self, bridge: Any, layout: Layout) -> None:
-        self.bridge, self.layout = bridge, layout
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.block: dict[str, torch.Tensor] = {}
         self.readings: dict[str, dict[int, np.ndarray]] = {}
 

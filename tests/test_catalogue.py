@@ -57,7 +57,7 @@ def test_nearest_names() -> None:
 
 def test_a_model_has_its_own_band_or_the_general_one_or_none() -> None:
     assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).layers == (5, 41)
-    assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).is_reference
+    assert catalogue.is_reference("residual/growth_rate", "gpt2-xl")
     assert catalogue.band("residual/growth_rate", "somebody's", 32).layers == (4, 27)
     with pytest.raises(NotApplicable, match="12 layers or more; this one has 5"):
         catalogue.band("residual/growth_rate", "somebody's", 5)

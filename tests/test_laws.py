@@ -75,6 +75,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("residual/exponential", "constant", lambda: sound_record(1.0)),
     ("residual/exponential", "spiked", _scaled("resid_pre", 3.0, (slice(6, 8),))),
     ("residual/exponential", "logarithmic", lambda: sound_record(1.5, bend=-0.04)),
+    ("residual/exponential", "tokens-missing", _scaled("resid_pre", np.nan, (slice(5, 9), slice(0, 24)))),
     ("residual/super_exponential", "gpt2", lambda: sound_record(1.045)),
     ("residual/super_exponential", "gpt2", lambda: sound_record(1.3, bend=-0.02)),
     ("residual/every_token_grows", "gpt2", _scaled("resid_pre", 0.3, (slice(10, None), 4))),
