@@ -10,9 +10,9 @@ import numpy as np
 
 from streamgauge.checkpoint import Checkpoint
 from streamgauge.errors import NotMeasured, UnknownModelError
+from streamgauge.forward import BATCH_TOKENS
 from streamgauge.prompts import Prompts, prompts_for, read_prompts
 from streamgauge.store import Store
-from streamgauge.stream import BATCH_TOKENS
 
 
 def stored_activations(

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Band:
-    """Open interval with its source; a missing bound is None. layers: the window it speaks of, ends included."""
+    """Open interval with its source; a missing bound is None. layers: the window it speaks of, ends included.
+
+    unclaimed: why no source claims the law of this model, where none does; its value is then noted and nothing asserted.
+    """
 
     low: float | None
     high: float | None
     source: str
     layers: tuple[int, int] | None = None
+    unclaimed: str | None = None
 
     def __contains__(self, value: float) -> bool:
         return self.margin(value) > 0

@@ -6,6 +6,7 @@ import numpy as np
 
 from streamgauge.errors import NotApplicable, NotMeasured
 
+QUANTILES = (0.025, 0.975)
 COVERAGE = 0.75  # a window may lack this much at its ends in a published record, no more
 
 
@@ -14,6 +15,8 @@ def measured_window(norms: np.ndarray, layers: tuple[int, int]) -> tuple[int, in
     if norms.shape[1] == 0:
         raise NotMeasured("no token but those at position 0 was measured; use longer prompts")
     first, last = layers
+    if last <= first:
+        raise NotApplicable(f"the window from layer {first} to {last} leaves no room for growth")
     measured = [n for n in range(first, min(last, len(norms) - 1) + 1) if not np.isnan(norms[n]).all()]
     if not measured or measured[-1] - measured[0] < COVERAGE * (last - first):
         raise NotApplicable(f"layers {first} to {last} are not covered by this record")
@@ -79,8 +82,62 @@ class Interval:
 
 def bootstrap_rate(rates: np.ndarray, prompts: np.ndarray, resamples: int = 1000) -> Interval:
     """95% interval of mean_rate when whole prompts are resampled, tokens of one prompt being alike. Seeded."""
-    names, group = np.unique(prompts, return_inverse=True)
-    sums, counts = np.bincount(group, np.log(rates)), np.bincount(group)
-    draws = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
-    low, high = np.quantile(sums[draws].sum(1) / counts[draws].sum(1), [0.025, 0.975])
+    low, high = np.quantile(resampled_means(np.log(rates), prompts, resamples), QUANTILES)
     return Interval(float(np.exp(low)), float(np.exp(high)))
+
+
+def resampled_means(values: np.ndarray, prompts: np.ndarray, resamples: int = 1000) -> np.ndarray:
+    """Means over tokens, (resamples,), when whole prompts are drawn with replacement. Seeded."""
+    names, group = np.unique(prompts, return_inverse=True)
+    sums, counts = np.bincount(group, values), np.bincount(group)
+    draws = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
+    means: np.ndarray = sums[draws].sum(1) / counts[draws].sum(1)
+    return means
+
+
+def log_slopes(norms: np.ndarray, layers: tuple[int, int]) -> np.ndarray:
+    """Least-squares slope of the log norm against the layer, for each column of (layers, tokens) over a window: (tokens,).
+
+    Layers that were not measured at all are left out.
+    """
+    first, last = layers
+    index = np.arange(first, last + 1)
+    index = index[~np.isnan(norms[index]).all(1)]
+    weights = (index - index.mean()) / ((index - index.mean()) ** 2).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes: np.ndarray = weights @ np.log(norms[index])
+    return slopes
+
+
+def layer_slope(values: np.ndarray, layers: tuple[int, int]) -> float:
+    """Least-squares slope of the log of one number a layer, (layers,), over a window."""
+    return float(log_slopes(values[:, None], layers)[0])
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share and its 95% interval."""
+
+    value: float
+    interval: Interval
+
+
+def reproduced_share(
+    random: np.ndarray, error: np.ndarray, outputs: np.ndarray, prompts: np.ndarray, layers: tuple[int, int]
+) -> Share:
+    """How much of the log growth of a sublayer's output its answers to layer-independent random inputs reproduce.
+
+    random, error: (layers,) mean norm of these answers and its standard error; outputs: (layers, tokens) norms in the
+    model's own run; prompts: (tokens,). slope(log random) / slope(log outputs), with an interval that resamples prompts and
+    draws the random norms anew within their errors. Raises NotApplicable where the output's own slope is not above 0.
+    """
+    slopes = log_slopes(outputs, layers)
+    own = resampled_means(slopes, prompts)
+    if not np.quantile(own, QUANTILES[0]) > 0:
+        raise NotApplicable(
+            f"the output does not grow over layers {layers[0]} to {layers[1]}, so there is no growth to explain"
+        )
+    noise = np.random.default_rng(1).standard_normal((len(random), len(own)))
+    drawn = log_slopes(random[:, None] + error[:, None] * noise, layers) / own
+    low, high = np.quantile(drawn, QUANTILES)
+    return Share(layer_slope(random, layers) / float(slopes.mean()), Interval(float(low), float(high)))

@@ -6,11 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
-from streamgauge.prompts import prompts_for, read_prompts
+from streamgauge.prompts import Prompts, prompts_for, read_prompts
 from streamgauge.record import Record
 
-INSTRUMENT = 1  # raise it whenever a change here or in a group alters what is measured
+# Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
+GROUPS = {"stream": 1, "weights": 2, "neurons": 1, "sublayers": 1, "random_input": 1, "padding": 1}
+
+Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
 
 
 def measure(
@@ -19,11 +24,13 @@ def measure(
     revision: str | None = None,
     prompts: Path | None = None,
     device: str = "cpu",
+    known: Record | None = None,
     show: bool = False,
 ) -> Record:
-    """Measure a checkpoint folder or hub model: groups `stream` and `weights`.
+    """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`.
 
-    prompts: a file with one prompt a line instead of the built-in set. show: progress on stderr.
+    prompts: a file with one prompt a line instead of the built-in set. known: an earlier record of the same checkpoint and
+    prompts, whose groups are taken over where they are as this instrument would measure them. show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
@@ -32,12 +39,14 @@ def measure(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
     texts = read_prompts(prompts)
-    return _measure(checkpoint, texts, built_in=prompts is None, device=device, show=show)
+    return _measure(checkpoint, texts, built_in=prompts is None, device=device, known=known, show=show)
 
 
-def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, show: bool) -> Record:
+def _measure(
+    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, known: Record | None, show: bool
+) -> Record:
     from streamgauge import model as opening
-    from streamgauge import stream, weights
+    from streamgauge import weights
 
     started = time.monotonic()
     model = opening.load_model(checkpoint, device)
@@ -48,39 +57,89 @@ def _measure(checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device
     names = weights.parameter_names(model)
     bridge = opening.build_bridge(model)
     layout = opening.probe_layout(bridge)
+    integrity["reset"] = weights.reset_gains(layout)
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     if rows is None:
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
-        metadata["failed"] = {"stream": reason, "weights": reason}
+        metadata["failed"] = dict.fromkeys(GROUPS, reason)
     else:
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
-        readings, absent = stream.measure_stream(bridge, layout, rows, show)
-        metadata["absent"] = {f"stream/{name}": why for name, why in absent.items()}
-        try:
-            arrays = {f"weights/{k}": v for k, v in weights.measure_weights(bridge, layout).items()}
+        kept = _kept(known, metadata["prompts_sha256"])
+        found = _measure_groups(bridge, layout, rows, [name for name in GROUPS if name not in kept], show)
+        if known is not None:
+            arrays = _take_over(known, kept, metadata)
+        for group, (values, absent) in found.items():
+            arrays |= _take_in(group, values, absent, metadata)
+        if "weights/W_OV_frobenius" in arrays:
             metadata["matrices"] = weights.locate_matrices(bridge, names, checkpoint)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            reason = f"TransformerLens shows no W_V and W_O by head for {metadata['architecture']} ({type(error).__name__})"
-            metadata["absent"]["weights"] = reason
-        overflow = _first_not_finite(readings)
-        if overflow:
-            metadata["failed"] = {"stream": overflow}
-        else:
-            arrays |= {f"stream/{k}": v for k, v in readings.items()}
     metadata["seconds"] = round(time.monotonic() - started, 3)
     metadata["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Record(arrays, metadata)
 
 
-def _first_not_finite(readings: dict[str, Any]) -> str | None:
-    import numpy as np
+def is_current(record: Record) -> bool:
+    """Whether every group is as this instrument would measure it."""
+    return all(record.groups.get(name) == version for name, version in GROUPS.items())
 
-    for name, values in readings.items():
+
+def _kept(known: Record | None, prompts_sha256: str) -> list[str]:
+    """The groups of an earlier record that need not be measured again."""
+    if known is None or known.metadata.get("prompts_sha256") != prompts_sha256:
+        return []
+    return [name for name, version in GROUPS.items() if known.groups.get(name) == version]
+
+
+def _measure_groups(bridge: Any, layout: Any, rows: Prompts, wanted: list[str], show: bool) -> dict[str, Found]:
+    """Each wanted group; the model is run over the prompts only for groups that need it."""
+    from streamgauge import forward, neurons, padding, random_input, stream, sublayers, weights
+
+    meters: dict[str, Any] = {
+        "stream": stream.StreamMeter(layout),
+        "neurons": neurons.NeuronMeter(layout, rows),
+        "sublayers": sublayers.OutputsMeter(layout),
+    }
+    reading = [name for name in meters if name in wanted or (name == "neurons" and "random_input" in wanted)]
+    if reading:
+        forward.run_prompts(bridge, rows, [meters[name] for name in reading], show)
+    found: dict[str, Found] = {name: (meters[name].arrays(rows), meters[name].absent()) for name in reading if name in wanted}
+    if "sublayers" in wanted and sublayers.is_scale_blind(layout):
+        found["sublayers"][0].update(sublayers.measure_scale_blindness(bridge, layout, rows))
+    no_heads = weights.reason_without_heads(bridge, layout)
+    if "weights" in wanted:
+        found["weights"] = ({}, {"weights": no_heads}) if no_heads else weights.measure_weights(bridge, layout)
+    if "random_input" in wanted:
+        found["random_input"] = random_input.measure_random_input(bridge, layout, meters["neurons"].early_inputs, no_heads)
+    if "padding" in wanted:
+        found["padding"] = padding.measure_padding(bridge, layout, rows)
+    return found
+
+
+def _take_over(known: Record, kept: list[str], metadata: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of an earlier record's groups; what is said of them goes into the new metadata."""
+    for reasons in ("absent", "failed"):
+        metadata[reasons] |= {name: why for name, why in known.metadata[reasons].items() if name.split("/")[0] in kept}
+    return {name: array for name, array in known.arrays.items() if name.split("/")[0] in kept}
+
+
+def _take_in(
+    group: str, arrays: dict[str, np.ndarray], absent: dict[str, str], metadata: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """A new group's arrays under their full names, none where some number is not finite."""
+    metadata["absent"] |= {name if name == group else f"{group}/{name}": why for name, why in absent.items()}
+    overflow = _first_not_finite(arrays)
+    if overflow:
+        metadata["failed"][group] = overflow
+        return {}
+    return {f"{group}/{name}": array for name, array in arrays.items()}
+
+
+def _first_not_finite(arrays: dict[str, np.ndarray]) -> str | None:
+    for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            layer = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
-            return f"the forward pass gave NaN or Inf, first in {name} of layer {layer}, although every weight is finite"
+            layer = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[0])
+            return f"the model gave NaN or Inf, first in {name} of layer {layer}, although every weight is finite"
     return None
 
 
@@ -105,7 +164,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
-        "instrument": INSTRUMENT,
+        "groups": GROUPS,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")},
         "device": device,
         "matrices": {},

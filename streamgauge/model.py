@@ -111,16 +111,22 @@ class Layout:
     """What the convention needs to know of a model.
 
     centres: whether the norms that read the stream subtract its mean (LayerNorm). gains, biases: of each block's first
-    norm, (n_layers, d_model), ones and zeros where no norm precedes the attention. pre_norm: whether blocks add to the
-    stream and leave it otherwise alone. parallel: whether attention and MLP both read resid_pre.
+    norm, (n_layers, d_model), ones and zeros where no norm precedes the attention. mlp_gains, mlp_biases: of the norm that
+    the MLP reads through, likewise. mlp_norm: that norm's name, ln2 or, in parallel blocks that have but one, ln1; None
+    where no norm precedes the MLP. pre_norm: whether blocks add to the stream and leave it otherwise alone. parallel:
+    whether attention and MLP both read resid_pre. has_neurons: whether the MLP is one dense layer into another.
     """
 
     centres: bool
     gains: np.ndarray
     biases: np.ndarray
+    mlp_gains: np.ndarray
+    mlp_biases: np.ndarray
     has_ln1: bool
+    mlp_norm: str | None
     pre_norm: bool
     parallel: bool
+    has_neurons: bool
     epsilon: float
 
     @property
@@ -145,30 +151,72 @@ def probe_layout(bridge: Any) -> Layout:
 def _probe_layout(bridge: Any) -> Layout:
     import torch
 
-    d_model, blocks = bridge.cfg.d_model, list(bridge.blocks)
-    gains, biases, centring = np.ones((len(blocks), d_model)), np.zeros((len(blocks), d_model)), []
-    has_ln1 = "ln1" in blocks[0].submodules
-    seen: dict[str, torch.Tensor] = {}
-    watched = ["hook_resid_pre", *(["ln1.hook_in"] if has_ln1 else [])]
-    hooks = [(f"blocks.0.{name}", lambda x, hook, name=name: seen.update({name: x})) for name in watched]
-    with torch.no_grad():
-        ids = torch.tensor([[1, 0]], device=next(bridge.original_model.parameters()).device)
-        with bridge.hooks(fwd_hooks=hooks):
-            bridge(ids, return_type=None)
-        pre_norm = not has_ln1 or torch.equal(seen["hook_resid_pre"], seen["ln1.hook_in"])
-        if has_ln1 and pre_norm:
-            for layer, block in enumerate(blocks):
-                gains[layer], biases[layer], centres = _probe_norm(block.ln1.original_component, d_model)
-                centring.append(centres)
+    blocks = list(bridge.blocks)
+    seen = _first_block(bridge)
+
+    def same(one: str, other: str) -> bool:
+        return one in seen and other in seen and seen[one].shape == seen[other].shape and torch.equal(seen[one], seen[other])
+
+    pre_norm = "ln1.hook_in" not in seen or same("hook_resid_pre", "ln1.hook_in")
+    has_ln1 = "ln1.hook_in" in seen and pre_norm
+    mlp_norm = next((n for n in ("ln2", "ln1") if pre_norm and same(f"{n}.hook_out", "mlp.hook_in")), None)
+    gains, biases, centring = _probe_norms(blocks, "ln1" if has_ln1 else None, bridge.cfg.d_model)
+    mlp_gains, mlp_biases, _ = _probe_norms(blocks, mlp_norm, bridge.cfg.d_model)
     return Layout(
         centres=bool(centring) and all(centring),
         gains=gains,
         biases=biases,
-        has_ln1=has_ln1 and pre_norm,
+        mlp_gains=mlp_gains,
+        mlp_biases=mlp_biases,
+        has_ln1=has_ln1,
+        mlp_norm=mlp_norm,
         pre_norm=pre_norm,
         parallel="blocks.0.hook_resid_mid" not in bridge.hook_dict,
+        # A mixture of experts answers to mlp.hook_pre too, but with its input.
+        has_neurons=all({"in", "out"} <= set(block.mlp.submodules) for block in blocks),
         epsilon=float(bridge.cfg.eps),
     )
+
+
+def _first_block(bridge: Any) -> dict[str, Any]:
+    """What the first block's norms and MLP read and write on two tokens, by hook."""
+    import torch
+
+    seen: dict[str, torch.Tensor] = {}
+    names = [n for n in ("ln1.hook_in", "ln1.hook_out", "ln2.hook_out", "mlp.hook_in") if f"blocks.0.{n}" in bridge.hook_dict]
+    names += ["hook_resid_pre"]
+    hooks = [(f"blocks.0.{name}", lambda x, hook, name=name: seen.update({name: x})) for name in names]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+        bridge(torch.tensor([[1, 0]], device=device_of(bridge)), return_type=None)
+    return seen
+
+
+def device_of(bridge: Any) -> Any:
+    """The torch device that the model's first parameter is on."""
+    return next(bridge.original_model.parameters()).device
+
+
+def run_mlp(block: Any, x: Any) -> Any:
+    """A block's MLP on what its norm would give it, through the norm behind it where there is one."""
+    if block.mlp.name is not None:
+        output = block.mlp(x)
+    else:  # OPT keeps the two layers on the block itself
+        output = block.mlp.out(block.original_component.activation_fn(getattr(block.mlp, "in")(x)))
+    output = output[0] if isinstance(output, tuple) else output
+    return block.ln2_post(output) if "ln2_post" in block.submodules else output
+
+
+def _probe_norms(blocks: list[Any], name: str | None, d_model: int) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+    """Gain and bias of the norm called so in each block, ones and zeros for None, and which of them centre."""
+    import torch
+
+    gains, biases, centring = np.ones((len(blocks), d_model)), np.zeros((len(blocks), d_model)), []
+    if name is not None:
+        with torch.no_grad():
+            for layer, block in enumerate(blocks):
+                gains[layer], biases[layer], centres = _probe_norm(getattr(block, name).original_component, d_model)
+                centring.append(centres)
+    return gains, biases, centring
 
 
 def _probe_norm(norm: Any, d_model: int) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -16,7 +16,26 @@ stream/prompt, position     (n_tok,)            which prompt, and where in it
 stream/is_bos, is_padding   (n_tok,)            booleans
 weights/W_OV_frobenius      (n_layers, n_heads) Frobenius norm of W_V W_O, in the convention
 weights/W_OV_spectral       (n_layers, n_heads) largest singular value of the same
-weights/ln1_gain            (n_layers, d_model) the gain folded into W_V (ones where no norm precedes it)
+weights/W_OV_raw_frobenius  (n_layers, n_heads) Frobenius norm without gain and centring, as the file has it
+weights/W_Q, W_O            (n_layers, n_heads) Frobenius norms by head; W_Q_raw and so on as the file has them
+weights/W_K, W_V            (n_layers, n_kv)    likewise, of the heads that the file has
+weights/b_Q, b_K            (n_layers, heads)   norms of biases, with what the norm's bias adds; b_Q_raw, b_K_raw, b_V_raw
+weights/b_O                 (n_layers,)         with what value biases carry into it; b_O_raw
+weights/W_in, W_gate, W_out (n_layers,)         Frobenius norms; W_in_raw and so on; b_in, b_gate, b_out likewise
+weights/W_in_W_out          (n_layers,)         Frobenius norm of the product, and norm of b_in W_out (b_in_W_out); no gate
+weights/ln1_gain, ln2_gain  (n_layers, d_model) the gains folded into W_V and W_in (ones where no norm precedes them)
+neurons/activation_rate     (n_layers, n_tok)   fraction of MLP pre-activations (of the gate's, if gated) above 0
+neurons/singular_values     (n_layers, n_rows)  of the prompts x d_mlp matrix of hidden activations at one position
+sublayers/attn_dot_mlp      (n_layers, n_tok)   inner product of attn_out and mlp_out (parallel blocks only)
+sublayers/attn_scale_error  (n_layers, draws)   relative change of the norms' inputs that would change attn_out as much as
+                                                scaling and shifting them did; mlp_scale_error likewise
+sublayers/largest_shift     (1,)                the largest constant that was added, in root mean squares of the input
+random_input/attn_norm      (n_layers,)         mean norm of the sum over heads of x W_OV for normalised Gaussian x
+random_input/mlp_norm       (n_layers,)         mean norm of the MLP's output for normalised Gaussian x
+random_input/resampled_norm (n_layers,)         the same for resid_mid of positions 1 to 6, each coordinate drawn by itself
+random_input/…_error        (n_layers,)         standard errors of these three; …_samples: how many vectors it took
+random_input/mlp_activation_rate (n_layers,)    activation rate on the Gaussian inputs; resampled_activation_rate likewise
+padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
 ==========================  ==================  =======================================================
 
 All norms are L2 over d_model in the folded and centred convention (see `streamgauge.convention`), without unit.
@@ -39,8 +58,20 @@ STREAM = (
     "resid_pre resid_mid resid_post attn_out mlp_out pre_dot_attn mid_dot_mlp additivity_error ln1_scale ln1_residual "
     "prompt position is_bos is_padding"
 )
-WEIGHTS = "W_OV_frobenius W_OV_spectral ln1_gain"
-ARRAYS = [f"stream/{name}" for name in STREAM.split()] + [f"weights/{name}" for name in WEIGHTS.split()]
+WEIGHTS = (
+    "W_OV_frobenius W_OV_spectral W_OV_raw_frobenius W_Q W_K W_V W_O W_in W_gate W_out W_Q_raw W_K_raw W_V_raw W_O_raw "
+    "W_in_raw W_gate_raw W_out_raw b_Q b_K b_O b_in b_gate b_out b_Q_raw b_K_raw b_V_raw b_O_raw b_in_raw b_gate_raw "
+    "b_out_raw W_in_W_out b_in_W_out ln1_gain ln2_gain"
+)
+OTHERS = {
+    "neurons": "activation_rate singular_values",
+    "sublayers": "attn_dot_mlp attn_scale_error mlp_scale_error largest_shift",
+    "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
+    "resampled_norm resampled_error resampled_samples resampled_activation_rate",
+    "padding": "resid",
+}
+ARRAYS = [f"{g}/{name}" for g, names in ({"stream": STREAM, "weights": WEIGHTS} | OTHERS).items() for name in names.split()]
+FIRST_INSTRUMENT = {"stream": 1, "weights": 1}  # what records hold that do not say
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +103,12 @@ class Record:
         return f"Record of {self.metadata.get('model')}, {self.n_layers} layers, {self.metadata.get('convention')}: {names}"
 
     @property
+    def groups(self) -> dict[str, int]:
+        """The groups that were measured, each with its version."""
+        found: dict[str, int] = self.metadata.get("groups", FIRST_INSTRUMENT)
+        return found
+
+    @property
     def resid_pre(self) -> np.ndarray:
         """Norms at each block's input, shape (n_layers, n_tokens)."""
         return self.array("stream/resid_pre")
@@ -93,6 +130,10 @@ class Record:
         """`resid` at text tokens. Raises NotApplicable for post-norm models."""
         self.require_pre_norm()
         return self.resid[:, self.is_text]
+
+    def text(self, name: str) -> np.ndarray:
+        """The array `group/name`, (n_layers, n_tokens), at text tokens."""
+        return self.array(name)[:, self.is_text]
 
     @property
     def count_text(self) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from streamgauge.checkpoint import Checkpoint, weights_sha256
 from streamgauge.errors import NotMeasured, RecordError, StoreError
-from streamgauge.measure import INSTRUMENT, measure
+from streamgauge.measure import is_current, measure
 from streamgauge.prompts import read_prompts
 from streamgauge.record import Record, write_whole
 
+KEY = "instrument 1"  # the way keys are made; records made by that instrument are found, and gain what they lack
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,14 +44,20 @@ class Store:
         prepare_folder(self.folder, "the store", "--store")
 
     def record(self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, show: bool = False) -> Record:
-        """The stored record of this very checkpoint, or a new one, measured and stored. A damaged one is measured again."""
+        """The stored record of this very checkpoint, or a new one, measured and stored.
+
+        A damaged one is measured again; one of an older instrument is measured again where that is out of date.
+        """
         path = self.folder / "records" / f"{self.key(checkpoint, prompts, device)}.safetensors"
+        known: Record | None = None
         if path.is_file():
             try:
-                return Record.load(path)
+                known = Record.load(path)
             except RecordError:
                 path.unlink(missing_ok=True)
-        record = measure(checkpoint, prompts=prompts, device=device, show=show)
+        if known is not None and is_current(known):
+            return known
+        record = measure(checkpoint, prompts=prompts, device=device, known=known, show=show)
         if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         record.save(path)
@@ -65,7 +72,7 @@ class Store:
             hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
             f"built-in {prompts is None}",
             f"device {device}",
-            f"instrument {INSTRUMENT}",
+            KEY,
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

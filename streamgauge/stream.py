@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.forward import by_token, note, run_prompts
 from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
 
-BATCH_TOKENS = 1024
 TINY = 1e-30  # 0 / 0 is 0: a zero vector is the sum of zero vectors
 NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
 POST_NORM = "post-norm blocks normalise the stream itself, so sublayers do not simply add to it"
@@ -19,31 +19,13 @@ NO_LN1 = "no norm precedes the attention"
 
 def measure_stream(bridge: Any, layout: Layout, prompts: Prompts, show: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have."""
-    import torch
-    from tqdm import tqdm
-
-    n_tokens = sum(map(len, prompts.rows))
-    starts = np.cumsum([0, *map(len, prompts.rows)])
-    batches = list(prompts.batches(BATCH_TOKENS))
-    arrays: dict[str, np.ndarray] = {}
-    device = next(bridge.original_model.parameters()).device
-    with torch.no_grad():
-        for batch in tqdm(batches, "forward pass", unit="batch", disable=None if show else True):
-            meter = _Meter(layout)
-            ids = torch.tensor([prompts.rows[i] for i in batch], device=device)
-            with bridge.hooks(fwd_hooks=meter.hooks()):
-                bridge(ids, return_type=None)
-            columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
-            for name, rows in meter.readings.items():
-                target = arrays.setdefault(name, np.full((layout.n_layers, n_tokens), np.nan, np.float32))
-                for layer, values in rows.items():
-                    target[layer, columns] = values
-    arrays |= _tokens(prompts, starts)
-    return arrays, _absent(layout)
+    meter = StreamMeter(layout)
+    run_prompts(bridge, prompts, [meter], show)
+    return meter.arrays(prompts), meter.absent()
 
 
-def _tokens(prompts: Prompts, starts: np.ndarray) -> dict[str, np.ndarray]:
-    lengths = np.diff(starts)
+def _tokens(prompts: Prompts) -> dict[str, np.ndarray]:
+    lengths = [len(row) for row in prompts.rows]
     ids = np.concatenate(prompts.rows)
     position = np.concatenate([np.arange(length) for length in lengths])
     return {
@@ -54,24 +36,28 @@ def _tokens(prompts: Prompts, starts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _absent(layout: Layout) -> dict[str, str]:
-    reasons = {"resid_mid": NO_MID} if layout.parallel else {}
-    if not layout.pre_norm:
-        reasons |= dict.fromkeys(
-            ["additivity_error", "attn_out", "mlp_out", "pre_dot_attn", "mid_dot_mlp", "resid_mid"], POST_NORM
-        )
-    if not layout.has_ln1:
-        reasons |= dict.fromkeys(["ln1_scale", "ln1_residual"], NO_LN1 if layout.pre_norm else POST_NORM)
-    return reasons
-
-
-class _Meter:
+class StreamMeter:
     """Hooks that keep one block's activations just long enough to take their norms."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.block: dict[str, torch.Tensor] = {}
-        self.readings: dict[str, dict[int, np.ndarray]] = {}
+        self.readings: dict[tuple[str, int], list[np.ndarray]] = {}
+
+    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
+        """What was read, by token in the order of the prompts."""
+        return by_token(self.readings, self.layout.n_layers, prompts) | _tokens(prompts)
+
+    def absent(self) -> dict[str, str]:
+        """The arrays that this architecture does not have, and why."""
+        reasons = {"resid_mid": NO_MID} if self.layout.parallel else {}
+        if not self.layout.pre_norm:
+            reasons |= dict.fromkeys(
+                ["additivity_error", "attn_out", "mlp_out", "pre_dot_attn", "mid_dot_mlp", "resid_mid"], POST_NORM
+            )
+        if not self.layout.has_ln1:
+            reasons |= dict.fromkeys(["ln1_scale", "ln1_residual"], NO_LN1 if self.layout.pre_norm else POST_NORM)
+        return reasons
 
     def hooks(self) -> list[tuple[str, Any]]:
         """What bridge.hooks takes; the hook on resid_post comes last in each block and empties it."""
@@ -128,4 +114,4 @@ class _Meter:
         return x - x.mean(-1, keepdim=True) if self.layout.centres else x
 
     def _note(self, layer: int, name: str, values: "torch.Tensor") -> None:
-        self.readings.setdefault(name, {})[layer] = values.float().reshape(-1).cpu().numpy()
+        note(self.readings, name, layer, values)

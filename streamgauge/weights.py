@@ -1,17 +1,24 @@
-"""The `weights` group: norms of W_OV by head, the state of every tensor, and where W_V and W_O lie in the files."""
+"""The `weights` group: norms of every matrix and bias, the state of every tensor, and where W_V and W_O lie in the files."""
 
 import hashlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.checkpoint import Checkpoint, read_tensor, tensor_names
-from streamgauge.convention import expand_heads, fold_reading, fold_writing, ov_norms
+from streamgauge.convention import centre, expand_heads, fold_reading, fold_writing, ov_norms
 from streamgauge.model import LAYER, Layout
 
 if TYPE_CHECKING:
     import torch
+
+GAIN_ROUNDING = 2.0**-20  # gains are read off a norm's output in fp32
+MLP_WEIGHTS = ("W_in", "W_in_raw", "W_out", "W_out_raw", "b_in", "b_in_raw", "b_out", "b_out_raw")
+GATED = ("W_gate", "W_gate_raw", "b_gate", "b_gate_raw")
+UNGATED = ("W_in_W_out", "b_in_W_out")
+EXPERTS = "the MLP is not one dense layer into another (a mixture of experts)"
+GATED_MLP = "the MLP is gated, so nothing flows through W_in W_out alone"
+UNGATED_MLP = "the MLP has no gate"
 
 
 def measure_integrity(model: Any) -> dict[str, list[str]]:
@@ -42,22 +49,106 @@ def measure_integrity(model: Any) -> dict[str, list[str]]:
     return problems
 
 
-def measure_weights(bridge: Any, layout: Layout) -> dict[str, np.ndarray]:
-    """Norms of W_OV, (n_layers, n_heads), and the gains that were folded in, (n_layers, d_model)."""
-    norms = [ov_norms(W_V, W_O) for W_V, W_O in _folded(bridge, layout)]
-    return {
-        "W_OV_frobenius": np.array([frobenius for frobenius, _ in norms]),
-        "W_OV_spectral": np.array([spectral for _, spectral in norms]),
-        "ln1_gain": layout.gains,
-    }
+def reset_gains(layout: Layout) -> list[str]:
+    """Norms whose gain is one constant although other layers' gains are not: one line each.
+
+    Before training all gains are constant, and norms without parameters stay so.
+    """
+    resets: list[str] = []
+    for name, gains in (("norm before the attention", layout.gains), ("norm before the MLP", layout.mlp_gains)):
+        constant = np.ptp(gains, axis=1) <= GAIN_ROUNDING * np.abs(gains).max(axis=1)
+        if not constant.all():
+            resets += [f"layer {layer}: the gain of the {name} is constant" for layer in np.flatnonzero(constant)]
+    return resets
 
 
-def _folded(bridge: Any, layout: Layout) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each layer's W_V (n_heads, d_model, d_head) and W_O (n_heads, d_head, d_model), in fp64 and in the convention."""
+def reason_without_heads(bridge: Any, layout: Layout) -> str | None:
+    """Why an architecture's attention cannot be read by head, None where it can."""
+    try:
+        _attention_norms(bridge.blocks[0].attn, layout, 0)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        architecture = type(bridge.original_model).__name__
+        return f"TransformerLens shows no W_V and W_O by head for {architecture} ({type(error).__name__})"
+    return None
+
+
+def measure_weights(bridge: Any, layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have."""
+    layers: list[dict[str, np.ndarray]] = []
+    absent: dict[str, str] = {}
     for layer, block in enumerate(bridge.blocks):
-        W_V, W_O = (_numpy(getattr(block.attn, name)) for name in ("W_V", "W_O"))
-        W_V = fold_reading(W_V, layout.gains[layer], layout.centres)
-        yield expand_heads(W_V, len(W_O)), fold_writing(W_O, layout.centres)
+        readings = _attention_norms(block.attn, layout, layer)
+        if layout.has_neurons:
+            readings |= _mlp_norms(block.mlp, layout, layer)
+        layers.append(readings)
+    arrays = {name: np.array([readings[name] for readings in layers]) for name in layers[0]}
+    arrays |= {"ln1_gain": layout.gains, "ln2_gain": layout.mlp_gains}
+    if not layout.has_neurons:
+        absent = dict.fromkeys([*MLP_WEIGHTS, *GATED, *UNGATED], EXPERTS)
+    else:
+        missing, reason = (UNGATED, GATED_MLP) if "W_gate" in arrays else (GATED, UNGATED_MLP)
+        absent = dict.fromkeys(missing, reason)
+    return arrays, absent
+
+
+def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
+    """Norms of one layer's attention: by head, and of its output bias."""
+    gain, bias = layout.gains[layer], layout.biases[layer]
+    raw = {name: _numpy(getattr(attn, name)) for name in ("W_Q", "W_K", "W_V", "W_O")}
+    folded = {name: fold_reading(raw[name], gain, layout.centres) for name in ("W_Q", "W_K", "W_V")}
+    folded["W_O"] = fold_writing(raw["W_O"], layout.centres)
+    readings = {name: _frobenius(weight) for name, weight in folded.items()}
+    readings |= {f"{name}_raw": _frobenius(weight) for name, weight in raw.items()}
+    for name in ("Q", "K"):
+        own = _bias(attn, f"b_{name}", raw[f"W_{name}"].shape[::2])
+        readings |= {f"b_{name}": norm(own + bias @ raw[f"W_{name}"]), f"b_{name}_raw": norm(own)}
+    n_heads, b_V = len(raw["W_O"]), _bias(attn, "b_V", raw["W_V"].shape[::2])
+    b_O = _bias(attn, "b_O", (raw["W_O"].shape[2],))
+    carried = expand_heads(b_V + bias @ raw["W_V"], n_heads)
+    b_O_folded = b_O + np.einsum("he,hed->d", carried, raw["W_O"])
+    readings |= {"b_V_raw": norm(b_V), "b_O_raw": norm(b_O), "b_O": norm(centre(b_O_folded) if layout.centres else b_O_folded)}
+    frobenius, spectral = ov_norms(expand_heads(folded["W_V"], n_heads), folded["W_O"])
+    raw_frobenius, _ = ov_norms(expand_heads(raw["W_V"], n_heads), raw["W_O"])
+    return readings | {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral, "W_OV_raw_frobenius": raw_frobenius}
+
+
+def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
+    """Norms of one layer's MLP: its matrices and biases, and without a gate those of their products."""
+    gain, bias = layout.mlp_gains[layer], layout.mlp_biases[layer]
+    W_in, W_out = _numpy(mlp.W_in), _numpy(mlp.W_out)
+    b_in, b_out = _bias(mlp, "b_in", W_in.shape[1:]), _bias(mlp, "b_out", W_out.shape[1:])
+    folded, writing = fold_reading(W_in, gain, layout.centres), fold_writing(W_out, layout.centres)
+    b_in_folded = b_in + bias @ W_in
+    readings = {
+        "W_in": norm(folded.ravel()), "W_in_raw": norm(W_in.ravel()), "W_out": norm(writing.ravel()),
+        "W_out_raw": norm(W_out.ravel()), "b_in": norm(b_in_folded), "b_in_raw": norm(b_in),
+        "b_out": norm(fold_writing(b_out, layout.centres)), "b_out_raw": norm(b_out),
+    }  # fmt: skip
+    if mlp.W_gate is None:
+        # The product is taken in fp32: its norm is exact to about 1e-7, and fp64 would take twice as long.
+        product = folded.astype(np.float32) @ writing.astype(np.float32)
+        return readings | {"W_in_W_out": norm(product.astype(np.float64).ravel()), "b_in_W_out": norm(b_in_folded @ writing)}
+    W_gate = _numpy(mlp.W_gate)
+    b_gate = _bias(mlp, "b_gate", W_gate.shape[1:])
+    return readings | {
+        "W_gate": norm(fold_reading(W_gate, gain, layout.centres).ravel()), "W_gate_raw": norm(W_gate.ravel()),
+        "b_gate": norm(b_gate + bias @ W_gate), "b_gate_raw": norm(b_gate),
+    }  # fmt: skip
+
+
+def _frobenius(heads: np.ndarray) -> np.ndarray:
+    return norm(heads.reshape(len(heads), -1))
+
+
+def norm(vectors: np.ndarray) -> np.ndarray:
+    """L2 norm over the last axis."""
+    return np.asarray(np.linalg.norm(vectors, axis=-1))
+
+
+def _bias(module: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A bias, or zeros where the architecture has none; by head where it is kept in one row."""
+    found = getattr(module, name, None)
+    return np.zeros(shape) if found is None else _numpy(found).reshape(shape)
 
 
 def _numpy(tensor: "torch.Tensor") -> np.ndarray:

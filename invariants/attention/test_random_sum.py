@@ -1,0 +1,29 @@
+"""Random input moves attention more than text does: ‖Σ_heads x W_OV‖ on random x lies far above ‖attn_out‖.
+
+ratio = mean ‖Σ_heads x W_V W_O‖ over normalised Gaussian x / mean ‖attn_out‖ over text tokens, geometric mean over the window.
+Source: Heimersheim and Turner 2023, a figure (gpt2-xl: about 5 times).
+Applies to: gpt2-xl.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import measured_window
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_random_sum(record: Record, band: Band, check) -> None:
+    random, attn = record.array("random_input/attn_norm"), record.text("stream/attn_out")
+    first, last = measured_window(attn, band.window)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(random / attn.mean(1))[first : last + 1]
+    check(
+        np.exp(logs.mean()),
+        within=replace(band, layers=(first, last)),
+        what="answer to random input over ‖attn_out‖",
+        of=f"mean of {record.count_text}",
+    )

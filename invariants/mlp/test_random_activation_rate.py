@@ -1,0 +1,26 @@
+"""Random input makes more neurons fire than text does.
+
+ratio = activation rate on normalised Gaussian inputs / activation rate on text tokens, geometric mean over the window.
+Source: Heimersheim and Turner 2023, a figure (gpt2-xl: about 4 times).
+Applies to: gpt2-xl.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import measured_window
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_random_activation_rate(record: Record, band: Band, check) -> None:
+    text = record.text("neurons/activation_rate").mean(1).astype(float)
+    random = record.array("random_input/mlp_activation_rate")
+    first, last = measured_window(text[:, None], band.window)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.exp(np.log(random / text)[first : last + 1].mean())
+    of = f"mean of {record.count_text}"
+    check(ratio, within=replace(band, layers=(first, last)), what="activation rate on random input over that on text", of=of)

@@ -1,0 +1,28 @@
+"""The MLP answers random input ever more strongly with depth, and more strongly than it answers text.
+
+rate = exp(least-squares slope of log mean ‖MLP(x)‖ over normalised Gaussian x against the layer) over the window; > 1.
+Then mean ‖MLP(x)‖ / mean ‖mlp_out‖ over text tokens, geometric mean over the window; > 1.
+Source: Heimersheim and Turner 2023, a figure alone (gpt2-xl, layers 30 to 43).
+Applies to: gpt2-xl.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import layer_slope, measured_window
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_random_input_growth(record: Record, band: Band, check) -> None:
+    random, mlp_out = record.array("random_input/mlp_norm"), record.text("stream/mlp_out")
+    first, last = measured_window(mlp_out, band.window)
+    within = replace(band, layers=(first, last))
+    rate = np.exp(layer_slope(random, (first, last)))
+    check(rate, within=within, what="growth of ‖MLP(x)‖ on random x", unit="a layer", of="normalised Gaussian vectors")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.exp(np.log(random / mlp_out.mean(1))[first : last + 1].mean())
+    check(ratio, within=within, what="‖MLP(x)‖ on random x over ‖mlp_out‖", of=f"mean of {record.count_text}")

@@ -1,0 +1,28 @@
+"""Inputs resampled from the stream lie between text and noise in how many neurons they make fire.
+
+place = log(resampled / text) / log(random / text) of the activation rates, geometric means over the window, between 0 and 1.
+Resampled: each coordinate of resid_mid drawn by itself from the values it takes at positions 1 to 6, then normalised.
+Source: Heimersheim and Turner 2023, a figure alone (gpt2-xl).
+Applies to: gpt2-xl.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from streamgauge.bands import Band
+from streamgauge.growth import measured_window
+from streamgauge.record import Record
+
+
+@pytest.mark.phenomenon
+def test_resampled_activation_rate(record: Record, band: Band, check) -> None:
+    text = record.text("neurons/activation_rate").mean(1).astype(float)
+    resampled, random = (record.array(f"random_input/{name}_activation_rate") for name in ("resampled", "mlp"))
+    first, last = measured_window(text[:, None], band.window)
+    layers = slice(first, last + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = np.log(resampled / text)[layers].mean() / np.log(random / text)[layers].mean()
+    of = "0 is text, 1 is Gaussian input"
+    check(place, within=replace(band, layers=(first, last)), what="place of the resampled activation rate", of=of)

@@ -1,0 +1,86 @@
+"""The `neurons` group: how many MLP neurons fire and how many directions they use; and inputs for `random_input`."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.forward import Readings, by_token, note
+from streamgauge.model import Layout
+from streamgauge.prompts import Prompts
+from streamgauge.weights import EXPERTS
+
+if TYPE_CHECKING:
+    import torch
+
+EARLY = slice(1, 7)  # positions 1 to 6
+EARLY_PROMPTS = 32  # how many prompts lend their early vectors; 192 values a coordinate
+ONE_TOKEN = "a prompt has a single token, so no position but 0 is shared by all"
+
+
+class NeuronMeter:
+    """Hooks on the MLP's input and on both sides of its activation function.
+
+    early_inputs: raw resid_mid (resid_pre in parallel blocks) at positions 1 to 6 of the first prompts that have them, a
+    list of (tokens, d_model) by layer; kept for the random_input group and not stored.
+    """
+
+    def __init__(self, layout: Layout, prompts: Prompts) -> None:
+        self.layout = layout
+        self.position = min(map(len, prompts.rows)) - 1
+        self.readings: Readings = {}
+        self.hidden: dict[int, list[torch.Tensor]] = {}
+        self.early_inputs: dict[int, list[torch.Tensor]] = {}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """What bridge.hooks takes."""
+        mlp_input = "hook_resid_pre" if self.layout.parallel else "hook_resid_mid"
+        layers = range(self.layout.n_layers)
+        hooks: list[tuple[str, Any]] = []
+        if self.layout.mlp_norm is not None:
+            hooks += [(f"blocks.{n}.{mlp_input}", self._hook(self._keep_early, n)) for n in layers]
+        if self.layout.has_neurons:
+            hooks += [(f"blocks.{n}.mlp.hook_pre", self._hook(self._read_rate, n)) for n in layers]
+            hooks += [(f"blocks.{n}.mlp.hook_post", self._hook(self._keep_hidden, n)) for n in layers]
+        return hooks
+
+    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
+        """Arrays of the group, without its prefix."""
+        arrays = by_token(self.readings, self.layout.n_layers, prompts)
+        if self.hidden:
+            arrays["singular_values"] = np.array([_singular_values(self.hidden[n]) for n in range(self.layout.n_layers)])
+        return arrays
+
+    def absent(self) -> dict[str, str]:
+        """The arrays that this model does not have, and why."""
+        if not self.layout.has_neurons:
+            return {"activation_rate": EXPERTS, "singular_values": EXPERTS}
+        return {} if self.position else {"singular_values": ONE_TOKEN}
+
+    def _hook(self, read: Any, layer: int) -> Any:
+        def hooked(x: "torch.Tensor", hook: Any) -> None:
+            read(layer, x)
+
+        return hooked
+
+    def _read_rate(self, layer: int, x: "torch.Tensor") -> None:
+        note(self.readings, "activation_rate", layer, (x > 0).double().mean(-1))
+
+    def _keep_hidden(self, layer: int, x: "torch.Tensor") -> None:
+        if self.position:
+            # Neurons of all prompts are needed at once: one token a prompt, which is little.
+            self.hidden.setdefault(layer, []).append(x[:, self.position].clone())
+
+    def _keep_early(self, layer: int, x: "torch.Tensor") -> None:
+        kept = self.early_inputs.setdefault(layer, [])
+        room = EARLY_PROMPTS - sum(len(rows) for rows in kept)
+        if room > 0 and x.shape[1] >= EARLY.stop:
+            kept.append(x[:room, EARLY].clone())
+
+
+def _singular_values(rows: "list[torch.Tensor]") -> np.ndarray:
+    """Singular values, descending, of the sequences x d_mlp matrix of activations, from its small Gram matrix in fp64."""
+    import torch
+
+    hidden = torch.cat(rows).double()
+    values = torch.linalg.eigvalsh(hidden @ hidden.T).clamp_min(0).sqrt().flip(0)
+    return np.asarray(values.cpu().numpy())

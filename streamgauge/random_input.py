@@ -1,0 +1,152 @@
+"""The `random_input` group: what attention's W_OV and the MLP answer to inputs that know nothing of layer or text."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.convention import random_inputs
+from streamgauge.model import Layout, device_of, run_mlp
+from streamgauge.neurons import EARLY
+from streamgauge.stream import NO_LN1, POST_NORM
+from streamgauge.weights import EXPERTS
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISION = 0.005  # standard error of each layer's mean norm, relative to it
+BATCH, MOST_BATCHES = 512, 64
+NO_MLP_NORM = "no norm precedes the MLP"
+SHORT = f"no prompt has positions {EARLY.start} to {EARLY.stop - 1}"
+
+Sampler = Callable[[int], "torch.Tensor"]  # from a batch's number to its vectors, (BATCH, d_model)
+
+
+def measure_random_input(
+    bridge: Any, layout: Layout, early_inputs: "dict[int, list[torch.Tensor]]", no_heads: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have.
+
+    early_inputs: what NeuronMeter kept. no_heads: why W_V and W_O cannot be had, if so. Every layer is given the same
+    Gaussian vectors, so layers differ by their weights alone. Batches are drawn until the standard error of the mean norm is
+    below PRECISION of it, at most MOST_BATCHES.
+    """
+    import torch
+
+    readings: dict[str, list[np.ndarray]] = {}
+    with torch.no_grad():
+        for layer, block in enumerate(bridge.blocks):
+            found = [] if no_heads or not layout.has_ln1 else list(_measure_attention(block, layout, layer, device_of(bridge)))
+            if layout.mlp_norm is not None:
+                found += _measure_mlp(bridge, block, layout, layer, early_inputs.get(layer, []))
+            for name, values in found:
+                readings.setdefault(name, []).append(values)
+    arrays = {name: np.array(values) for name, values in readings.items()}
+    return arrays, _absent(layout, arrays, no_heads)
+
+
+def _absent(layout: Layout, arrays: dict[str, np.ndarray], no_heads: str | None) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    if "attn_norm" not in arrays:
+        reasons |= dict.fromkeys(_names("attn"), no_heads or (NO_LN1 if layout.pre_norm else POST_NORM))
+    if "mlp_norm" not in arrays:
+        reasons |= dict.fromkeys(_names("mlp"), NO_MLP_NORM if layout.pre_norm else POST_NORM)
+    if "resampled_norm" not in arrays:
+        no_norm = NO_MLP_NORM if layout.pre_norm else POST_NORM
+        reasons |= dict.fromkeys(_names("resampled"), SHORT if layout.mlp_norm else no_norm)
+    if not layout.has_neurons:
+        reasons |= dict.fromkeys(["mlp_activation_rate", "resampled_activation_rate"], EXPERTS)
+    return reasons
+
+
+def _names(kind: str) -> list[str]:
+    rates = [] if kind == "attn" else [f"{kind}_activation_rate"]
+    return [f"{kind}_norm", f"{kind}_error", f"{kind}_samples", *rates]
+
+
+def _measure_attention(block: Any, layout: Layout, layer: int, device: Any) -> Iterator[tuple[str, np.ndarray]]:
+    yield from _respond("attn", _gaussian(layout, layer, device, for_mlp=False), lambda x: _attention(block, layout, x), None)
+
+
+def _measure_mlp(
+    bridge: Any, block: Any, layout: Layout, layer: int, early: "list[torch.Tensor]"
+) -> Iterator[tuple[str, np.ndarray]]:
+    rates: list[float] = []
+    hooks = [(f"blocks.{layer}.mlp.hook_pre", lambda x, hook: rates.append(float((x > 0).double().mean())))]
+
+    def answer(x: "torch.Tensor") -> "torch.Tensor":
+        return _centre(run_mlp(block, x), layout)
+
+    with bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
+        yield from _respond("mlp", _gaussian(layout, layer, device_of(bridge), for_mlp=True), answer, rates)
+        if early:
+            yield from _respond("resampled", _resampled(block, layout, early), answer, rates)
+
+
+def _respond(
+    kind: str, sample: Sampler, answer: "Callable[[torch.Tensor], torch.Tensor]", rates: list[float] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Mean norm of the answers, its standard error and the number of samples; the activation rate where one was read."""
+    import torch
+
+    norms: list[np.ndarray] = []
+    if rates is not None:
+        rates.clear()
+    for batch in range(MOST_BATCHES):
+        answers = answer(sample(batch)[:, None])[:, 0]
+        norms.append(torch.linalg.vector_norm(answers, dim=-1).double().cpu().numpy())
+        every = np.concatenate(norms)
+        error = every.std(ddof=1) / np.sqrt(every.size)
+        if not error > PRECISION * every.mean():
+            break
+    yield f"{kind}_norm", every.mean()
+    yield f"{kind}_error", error
+    yield f"{kind}_samples", np.array(every.size)
+    if rates:
+        yield f"{kind}_activation_rate", np.array(np.mean(rates))
+
+
+def _gaussian(layout: Layout, layer: int, device: Any, *, for_mlp: bool) -> Sampler:
+    """Normalised Gaussian vectors as this layer's norm hands them on: times its gain, and for the MLP plus its bias.
+
+    For attention the bias is left out: the convention folds what it contributes into b_O.
+    """
+    import torch
+
+    gain = layout.mlp_gains[layer] if for_mlp else layout.gains[layer]
+    bias = layout.mlp_biases[layer] if for_mlp else np.zeros(1)
+
+    def sample(batch: int) -> "torch.Tensor":
+        x = random_inputs(BATCH, layout.d_model, layout.centres, seed=batch)
+        return torch.from_numpy((gain * x + bias).astype(np.float32)).to(device)
+
+    return sample
+
+
+def _resampled(block: Any, layout: Layout, early: "list[torch.Tensor]") -> Sampler:
+    """Vectors whose every coordinate is drawn by itself from the values it takes in the model's own run, then normalised."""
+    import torch
+
+    assert layout.mlp_norm is not None
+    norm = getattr(block, layout.mlp_norm).original_component
+    pool = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in early])
+
+    def sample(batch: int) -> "torch.Tensor":
+        chosen = torch.from_numpy(np.random.default_rng(batch).integers(len(pool), size=(BATCH, pool.shape[1])))
+        normalised: torch.Tensor = norm(torch.gather(pool, 0, chosen.to(pool.device)))
+        return normalised
+
+    return sample
+
+
+def _attention(block: Any, layout: Layout, x: "torch.Tensor") -> "torch.Tensor":
+    """Sum over heads of x W_V W_O, without biases, through the norm behind it where there is one."""
+    W_V, W_O = block.attn.W_V, block.attn.W_O
+    values = (x @ W_V.transpose(0, 1).reshape(x.shape[-1], -1)).unflatten(-1, W_V.shape[::2])
+    values = values.repeat_interleave(len(W_O) // len(W_V), dim=-2)
+    output = values.flatten(-2) @ W_O.reshape(-1, W_O.shape[-1])
+    return _centre(block.ln1_post(output) if "ln1_post" in block.submodules else output, layout)
+
+
+def _centre(x: "torch.Tensor", layout: Layout) -> "torch.Tensor":
+    return x - x.mean(-1, keepdim=True) if layout.centres else x

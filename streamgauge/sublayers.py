@@ -1,0 +1,129 @@
+"""The `sublayers` group: how the two outputs of a parallel block lie to each other, and what rescaled inputs change."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.forward import Readings, by_token, note
+from streamgauge.model import Layout, device_of
+from streamgauge.prompts import Prompts
+from streamgauge.stream import NO_LN1, POST_NORM
+
+if TYPE_CHECKING:
+    import torch
+
+SEQUENTIAL = "mid_dot_mlp holds it: the MLP of a sequential block reads what attention has written"
+DRAWS, TOKENS = 4, 16
+LARGE = 2.0**20  # norms' inputs are scaled up by this, which takes their epsilon out of play
+NUDGE = 2.0**-16  # relative size of the perturbation that says how sensitive an output is: far above rounding, still small
+SCALES = (2.0**-10, 2.0**10)
+SHIFT = 4.0  # largest constant added, in root mean squares of the input
+
+
+class OutputsMeter:
+    """Inner products of attn_out and mlp_out, which parallel blocks add at once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.block: dict[str, torch.Tensor] = {}
+        self.readings: Readings = {}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """What bridge.hooks takes; none for a sequential block."""
+        if not self.layout.parallel or not self.layout.pre_norm:
+            return []
+        layers = range(self.layout.n_layers)
+        hooks = [(f"blocks.{n}.hook_{name}", self._keep(name)) for n in layers for name in ("attn_out", "mlp_out")]
+        return hooks + [(f"blocks.{n}.hook_resid_post", self._read(n)) for n in layers]
+
+    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
+        """Arrays of the group, without its prefix."""
+        return by_token(self.readings, self.layout.n_layers, prompts)
+
+    def absent(self) -> dict[str, str]:
+        """The arrays that this architecture does not have, and why."""
+        reasons: dict[str, str] = {}
+        if not self.layout.parallel or not self.layout.pre_norm:
+            reasons["attn_dot_mlp"] = SEQUENTIAL if self.layout.pre_norm else POST_NORM
+        if not is_scale_blind(self.layout):
+            why = POST_NORM if not self.layout.pre_norm else NO_LN1
+            reasons |= dict.fromkeys(["attn_scale_error", "mlp_scale_error", "largest_shift"], why)
+        return reasons
+
+    def _keep(self, name: str) -> Any:
+        def keep(x: "torch.Tensor", hook: Any) -> None:
+            self.block[name] = x - x.mean(-1, keepdim=True) if self.layout.centres else x
+
+        return keep
+
+    def _read(self, layer: int) -> Any:
+        def read(x: "torch.Tensor", hook: Any) -> None:
+            note(self.readings, "attn_dot_mlp", layer, (self.block["attn_out"] * self.block["mlp_out"]).sum(-1))
+            self.block.clear()
+
+        return read
+
+
+def is_scale_blind(layout: Layout) -> bool:
+    """Whether both sublayers read the stream through a norm."""
+    return layout.has_ln1 and layout.mlp_norm is not None
+
+
+def measure_scale_blindness(bridge: Any, layout: Layout, prompts: Prompts) -> dict[str, np.ndarray]:
+    """What becomes of attn_out and mlp_out when every norm's input is scaled and shifted, at each layer and draw.
+
+    One batch of copies of one prompt: as it is, nudged at random, and then DRAWS times with a factor and a constant of its
+    own for every norm and token. The error, (n_layers, DRAWS), is the relative nudge of the norms' inputs that would
+    change the output as much, so that rounding is all there may be. Every copy's inputs are scaled up by LARGE first.
+    """
+    import torch
+
+    row = max(prompts.rows, key=len)[:TOKENS]
+    generator = torch.Generator().manual_seed(0)
+    outputs: dict[tuple[str, int], torch.Tensor] = {}
+    norms = ["ln1"] if layout.mlp_norm == "ln1" else ["ln1", layout.mlp_norm]
+    hooks: list[tuple[str, Any]] = []
+    for n in range(layout.n_layers):
+        hooks += [(f"blocks.{n}.{norm}.hook_in", _rescaler(layout, generator)) for norm in norms]
+        hooks += [(f"blocks.{n}.hook_{kind}_out", _keeper(outputs, kind, n)) for kind in ("attn", "mlp")]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+        bridge(torch.tensor([row] * (2 + DRAWS), device=device_of(bridge)), return_type=None)
+    errors = {
+        f"{kind}_scale_error": np.array([_errors(outputs[kind, n]) for n in range(layout.n_layers)]) for kind in ("attn", "mlp")
+    }
+    return errors | {"largest_shift": np.array([SHIFT if layout.centres else 0.0])}
+
+
+def _rescaler(layout: Layout, generator: "torch.Generator") -> Any:
+    import torch
+
+    def rescale(x: "torch.Tensor", hook: Any) -> "torch.Tensor":
+        copies = x.reshape(2 + DRAWS, -1, x.shape[-1])  # OPT folds batch and position into one
+        rms = copies.square().mean(-1, keepdim=True).sqrt()
+        noise = torch.randn(copies.shape[1:], generator=generator).to(x.device)
+        per_token = (DRAWS, copies.shape[1], 1)
+        low, high = np.log(SCALES)
+        scale = torch.empty(per_token).uniform_(low, high, generator=generator).exp().to(x.device)
+        shift = torch.empty(per_token).uniform_(-SHIFT, SHIFT, generator=generator).to(x.device) * rms[2:]
+        changed = LARGE * copies
+        changed[1] += LARGE * NUDGE * rms[1] * noise
+        changed[2:] = scale * (changed[2:] + (LARGE * shift if layout.centres else 0))
+        return changed.reshape(x.shape)
+
+    return rescale
+
+
+def _keeper(outputs: "dict[tuple[str, int], torch.Tensor]", kind: str, layer: int) -> Any:
+    def keep(x: "torch.Tensor", hook: Any) -> None:
+        outputs[kind, layer] = x.reshape(2 + DRAWS, -1).double()
+
+    return keep
+
+
+def _errors(copies: "torch.Tensor") -> np.ndarray:
+    import torch
+
+    change = torch.linalg.vector_norm(copies[1:] - copies[0], dim=1).cpu().numpy()
+    if change[0] > 0:
+        return np.asarray(NUDGE * change[1:] / change[0])
+    return np.where(change[1:] > 0, 1.0, 0.0)  # a dead sublayer answers to nothing, and then has no error either
