@@ -8,12 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .curves import figures
+from .figures import figures
 from .summary import summary
 
 Row = dict[str, Any]
 ORDER = ("fail", "error", "pass", "not_applicable")
 WORDS = {"pass": "holds", "fail": "fails", "error": "not measured", "not_applicable": "not applicable"}
+ANSWERS = ("attention/hard_coded_growth", "mlp/hard_coded_growth", "attention/gain_share", "mlp/gain_share")
 SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "not_applicable": "–"}
 
 
@@ -51,7 +52,7 @@ def page(rows: list[Row]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source}
+    environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source, "answers": ANSWERS}
     models = list(dict.fromkeys(row["model"] for row in rows))
     return environment.get_template("report.html").render(
         rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),

@@ -59,6 +59,8 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
     from scipy.stats import linregress, t
 
     index, logs = _mean_log(norms, layers)
+    if len(index) < 4:
+        raise NotApplicable(f"layers {layers[0]} to {layers[1]} are too few to tell curvature from scatter")
     fit = linregress((index[:-1] + index[1:]) / 2, np.diff(logs) / np.diff(index))
     return float(fit.slope), float(t.isf(level, len(index) - 3) * fit.stderr)
 

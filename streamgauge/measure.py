@@ -164,7 +164,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
-        "groups": GROUPS,
+        "groups": dict(GROUPS),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")},
         "device": device,
         "matrices": {},

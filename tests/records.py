@@ -10,24 +10,34 @@ D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 
 
 def sound_record(
-    rate: float = 1.045, *, model: str = "somebody's", n_layers: int = 16, bend: float = 0.0, **metadata: Any
+    rate: float = 1.045,
+    *,
+    model: str = "somebody's",
+    n_layers: int = 16,
+    bend: float = 0.0,
+    start: float = 1.0,
+    **metadata: Any,
 ) -> Record:
     """Layers whose every token grows by `rate` a layer, the log rate rising by `bend` a layer; BOS a hundred times larger.
 
-    Blocks write straight along the stream, attention and MLP half each.
+    Blocks write straight along the stream, attention and MLP half each, attention less from layer 30 on. `start`: what the
+    first two blocks multiply the norm by besides, each.
     """
     position = np.tile(np.arange(LENGTH), PROMPTS)
     jitter = np.random.default_rng(0).uniform(0.9, 1.1, position.size)
     size = np.where(position == 0, 1000.0, 10.0) * jitter
     layers = np.arange(n_layers + 1)
-    resid = size * np.exp(np.log(rate) * layers + bend * layers**2 / 2)[:, None]
+    resid = size * np.exp(np.log(rate) * layers + bend * layers**2 / 2)[:, None] * start ** np.minimum(layers, 2)[:, None]
     bos = position == 0
-    resid[:, bos] = np.minimum(np.array([10.0, *[1000.0] * (n_layers - 1), 300.0]), 1000)[:, None] * jitter[bos]
+    plateau = 10 * resid[:, ~bos].max()
+    resid[:, bos] = np.array([10.0, *[plateau] * (n_layers - 1), 0.3 * plateau])[:, None] * jitter[bos]
     pre, post = resid[:-1], resid[1:]
-    half = np.abs(post - pre) / 2
+    share = 0.5 * 0.97 ** np.maximum(layers[:-1] - 30, 0)[:, None]
+    attn, mlp = share * np.abs(post - pre), (1 - share) * np.abs(post - pre)
+    sign = np.sign(post - pre)
     stream = {
-        "resid_pre": pre, "resid_mid": (pre + post) / 2, "resid_post": post, "attn_out": half, "mlp_out": half,
-        "pre_dot_attn": pre * (post - pre) / 2, "mid_dot_mlp": (pre + post) / 2 * (post - pre) / 2,
+        "resid_pre": pre, "resid_mid": pre + sign * attn, "resid_post": post, "attn_out": attn, "mlp_out": mlp,
+        "pre_dot_attn": sign * pre * attn, "mid_dot_mlp": (pre + sign * attn) * sign * mlp,
         "additivity_error": np.full(pre.shape, 1e-8), "ln1_scale": np.sqrt(pre**2 / D_MODEL + 1e-5),
         "ln1_residual": np.full(pre.shape, 1e-8),
     }  # fmt: skip
@@ -37,18 +47,53 @@ def sound_record(
         "stream/position": position.astype(np.int32),
         "stream/is_bos": position == 0,
         "stream/is_padding": np.zeros(position.size, bool),
-        "weights/W_OV_frobenius": np.outer(1.05 ** np.arange(n_layers), np.linspace(1, 2, N_HEADS)),
     }
+    arrays |= _beside_the_stream(n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1))
     defaults = {
         "model": model,
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
-        "integrity": {"not_finite": [], "dead": [], "alike": []}, "convention": "folded, centred", "revision": "test",
-        "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu", "versions": {},
-        "centres": True,
+        "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []}, "convention": "folded, centred",
+        "revision": "test", "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu",
+        "versions": {}, "centres": True, "parallel": False,
     }  # fmt: skip
     return Record(arrays, defaults | metadata)
 
 
+def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights, neurons and answers to random input that go with a stream whose sublayers write so much."""
+    layers = np.arange(n_layers)
+    ones, firing = np.ones(n_layers), 0.05 * 1.01**layers
+    flat = dict.fromkeys(("W_in", "W_in_raw", "W_in_W_out", "b_in_W_out", "b_out"), ones)
+    heads = {name: np.ones((n_layers, N_HEADS)) for name in ("W_Q_raw", "W_K_raw", "W_V_raw", "W_OV_raw_frobenius")}
+    weights = flat | heads | {
+        "W_OV_frobenius": np.outer(1.05**layers, np.linspace(1, 2, N_HEADS)),
+        "W_OV_spectral": np.outer(1.05**layers, np.linspace(0.8, 1.6, N_HEADS)),
+        "W_O_raw": np.outer(np.linspace(1, 1.5, n_layers), np.ones(N_HEADS)), "W_out_raw": np.linspace(1, 1.5, n_layers),
+        "b_O": np.where(layers < n_layers - 1, 0.1 * attn.min(), 0.1 * attn.min() * 24.46),
+    }  # fmt: skip
+    draws = np.full((n_layers, 4), 1e-7)
+    others = {
+        "neurons/activation_rate": np.outer(firing, np.ones(PROMPTS * LENGTH)).astype(np.float32),
+        "neurons/singular_values": np.outer(ones, 0.5 ** np.arange(PROMPTS)),
+        "sublayers/attn_scale_error": draws, "sublayers/mlp_scale_error": draws, "sublayers/largest_shift": np.array([4.0]),
+        "random_input/attn_norm": 5 * attn, "random_input/attn_error": 0.005 * attn, "random_input/mlp_norm": 3 * mlp,
+        "random_input/mlp_error": 0.003 * mlp, "random_input/mlp_activation_rate": 4 * firing,
+        "random_input/resampled_activation_rate": 2 * firing,
+        "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
+    }  # fmt: skip
+    return {f"weights/{name}": values for name, values in weights.items()} | others
+
+
+def sound_xl() -> Record:
+    """A record of which everything holds that is claimed of gpt2-xl."""
+    return sound_record(model="gpt2-xl", n_layers=48, start=4.0)
+
+
 def changed(record: Record, **arrays: np.ndarray) -> Record:
     """The record with arrays of `stream` replaced."""
-    return Record(record.arrays | {f"stream/{name}": values for name, values in arrays.items()}, record.metadata)
+    return replaced(record, {f"stream/{name}": values for name, values in arrays.items()})
+
+
+def replaced(record: Record, arrays: dict[str, np.ndarray]) -> Record:
+    """The record with arrays of any group replaced."""
+    return Record(record.arrays | arrays, record.metadata)

@@ -27,9 +27,29 @@ def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
 
 
 def test_laws_that_need_weights_are_not_applicable(audit: Auditing) -> None:
-    rows = [r for r in audit("-k", "gpt2-xl", "--published").rows if r["law"].startswith(("attention/", "weights/"))]
+    rows = [r for r in audit("-k", "gpt2-xl and weights", "--published").rows if r["law"] != "weights/embedding_norm"]
     assert len(rows) == 9
     assert all(r["outcome"] == "not_applicable" and r["reason"].startswith("no weights") for r in rows)
+
+
+def test_mlps_of_four_pythias_do_as_published(audit: Auditing) -> None:
+    found = audit("-k", "pythia", "--published")
+    assert found.exit == 0
+    values = {(r["model"], r["law"]): r["value"] for r in found.rows if r["outcome"] == "pass"}
+    written = [values[f"pythia-{size}:mlp-weights", "weights/writing_grows"] for size in ("70m", "160m", "410m", "1b")]
+    np.testing.assert_allclose(written, [1.82, 1.59, 1.39, 1.86], atol=5e-3)
+    read = [values[f"pythia-{size}:mlp-weights", "weights/reading_stays"] for size in ("70m", "160m", "410m", "1b")]
+    np.testing.assert_allclose(read, [0.93, 0.95, 1.01, 0.99], atol=5e-3)
+    assert all(values[f"pythia-{size}:activation-rate", "mlp/activation_rate"] > 1.1 for size in ("70m", "160m", "410m", "1b"))
+    assert values["pythia-70m:rms", "weights/embedding_norm"] == pytest.approx(0.689, abs=5e-4)
+
+
+def test_gpt2s_output_bias_and_components_are_as_published(audit: Auditing) -> None:
+    rows = {r["law"]: r for r in audit("--model", "gpt2", "--published").rows if r["model"] == "gpt2:58-prompts"}
+    assert rows["attention/last_output_bias"]["value"] == pytest.approx(24.46, abs=5e-3)
+    assert rows["mlp/component_norms"]["outcome"] == "pass" and 0.9 < rows["mlp/component_norms"]["value"] < 1
+    record = Record.load(catalogue.models()["gpt2"].published_path("58-prompts"))
+    assert record.array("weights/b_O")[11] == pytest.approx(248.6, abs=0.05)
 
 
 def test_gpt2_grows_faster_than_exponentially(audit: Auditing) -> None:

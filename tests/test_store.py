@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import streamgauge
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.errors import NotMeasured, RecordError, UnknownModelError
+from streamgauge.measure import GROUPS, is_current
 from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
@@ -155,3 +157,48 @@ def test_activations_beyond_the_limit_are_an_error(folder: Path, store: Store) -
     assert not list(store.folder.glob("activations/*/*.npy"))
     with pytest.raises(UnknownModelError, match=r"no hook 'blocks.99.hook_resid_pre'"):
         stored_activations(store, checkpoint, ["blocks.99.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
+
+
+def _as_measured_by_the_first_instrument(record: Record) -> Record:
+    """Its stream marked by a factor that no measurement gives; norms of W_OV alone of the weights, and no groups named."""
+    first = {name: array for name, array in record.arrays.items() if name.startswith("stream/")}
+    first["stream/resid_pre"] = 3 * first["stream/resid_pre"]
+    first |= {f"weights/{name}": record.array(f"weights/{name}") for name in ("W_OV_frobenius", "W_OV_spectral", "ln1_gain")}
+    metadata = {name: value for name, value in record.metadata.items() if name != "groups"}
+    metadata["absent"] = {name: why for name, why in metadata["absent"].items() if name.startswith("stream")}
+    return Record(first, metadata | {"instrument": 1})
+
+
+def test_a_record_of_the_first_instrument_gains_what_it_lacks(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
+    store = Store(tmp_path / "store")
+    store.prepare()
+    new = store.record(checkpoint, prompts=None, device="cpu")
+    path = store.folder / "records" / f"{store.key(checkpoint, None, 'cpu')}.safetensors"
+    _as_measured_by_the_first_instrument(new).save(path)
+    upgraded = store.record(checkpoint, prompts=None, device="cpu")
+    np.testing.assert_array_equal(upgraded.resid_pre, 3 * new.resid_pre)  # taken over
+    assert set(upgraded.arrays) == set(new.arrays) and upgraded.groups == new.groups
+    for name in sorted(set(new.arrays) - {"stream/resid_pre"}):
+        np.testing.assert_array_equal(upgraded.array(name), new.array(name), err_msg=name)
+    assert upgraded.metadata["absent"] == new.metadata["absent"]
+    np.testing.assert_array_equal(Record.load(path).resid_pre, upgraded.resid_pre)
+
+
+@pytest.mark.parametrize("group", ["weights", "padding"])
+def test_weights_are_measured_again_without_a_forward_pass(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
+    known = streamgauge.measure(checkpoint)
+    monkeypatch.setattr("streamgauge.forward.run_prompts", lambda *_: pytest.fail("a forward pass over the prompts"))
+    monkeypatch.setitem(GROUPS, group, 99)
+    assert not is_current(known)
+    again = streamgauge.measure(checkpoint, known=known)
+    assert again.groups[group] == 99 and is_current(again)
+    assert set(again.arrays) == set(known.arrays)
+
+
+def test_other_prompts_take_over_nothing(tmp_path: Path) -> None:
+    folder = models.save(models.gpt2(3), tmp_path / "model")
+    known = streamgauge.measure(folder)
+    other = Record(known.arrays | {"stream/resid_pre": 3 * known.resid_pre}, known.metadata | {"prompts_sha256": "another"})
+    np.testing.assert_array_equal(streamgauge.measure(folder, known=other).resid_pre, known.resid_pre)

@@ -1,0 +1,278 @@
+"""The figures of one model, from its record and the rows about it: those of the post that the laws are from, and a few more."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .curves import (
+    BLUE,
+    BROWN,
+    DASHED,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    Arrays,
+    Figure,
+    Row,
+    by_layer,
+    figure,
+    line,
+    numbers,
+    quantiles,
+    resid,
+    spread,
+    text_tokens,
+)
+
+Rows = dict[str, Row]
+GROWTH = "residual/growth_rate"
+HISTOGRAMS = 6  # layers whose histogram is drawn
+BINS = 60
+
+
+def figures(rows: list[Row]) -> list[Figure]:
+    """What can be drawn of a model."""
+    record = next((row["record"] for row in rows if row["record"] and Path(row["record"]).is_file()), None)
+    if record is None:
+        return []
+    arrays, by_law = _read(Path(record)), {row["law"]: row for row in rows}
+    drawn = [draw(arrays, by_law) for draw in FIGURES]
+    return [made for made in drawn if made is not None]
+
+
+def _read(path: Path) -> Arrays:
+    from safetensors.numpy import load_file
+
+    arrays: Arrays = load_file(path)
+    return arrays
+
+
+def _claimed(rows: Rows, law: str) -> Row | None:
+    """The row of a law that was asserted, whose band can be drawn."""
+    row = rows.get(law)
+    return row if row and row["band"] and row["layers"] else None
+
+
+def _stream(arrays: Arrays, rows: Rows) -> Figure | None:
+    norms = resid(arrays)
+    if norms is None:
+        return None
+    text, growth = text_tokens(arrays), rows.get(GROWTH)
+    low, median, high = quantiles(norms[:, text])
+    data = [*spread(low, high, "5% to 95% of tokens", "rgba(31,119,180,0.25)"), by_layer(median, "median token", BLUE)]
+    if not text.all():
+        data.append(by_layer(quantiles(norms[:, ~text])[1], "position 0", RED, line={"dash": "dot"}))
+    if "padding/resid" in arrays:
+        data.append(by_layer(np.median(arrays["padding/resid"], axis=1), "padding", BROWN, line={"dash": "dot"}))
+    data += _wedge(median, _claimed(rows, GROWTH))
+    laws = [f"residual/{name}" for name in ("growth_rate", "exponential", "super_exponential", "every_token_grows")]
+    laws += [f"residual/{name}" for name in ("fast_start", "decrease", "position_0", "padding")]
+    read = (
+        "A straight line on this axis is exponential growth. The grey stretch is the window of the growth law; "
+        "the dashed lines start at its first layer and grow at the rates its band allows."
+    )
+    return figure("Residual stream", data, read, laws, y="norm", row=growth, log=True)
+
+
+def _wedge(median: np.ndarray, growth: Row | None) -> list[Figure]:
+    if growth is None:
+        return []
+    first, last = growth["layers"]
+    x = np.arange(first, min(last, len(median) - 1) + 1)
+    bounds = [("slowest the band allows", growth["band"][0]), ("fastest the band allows", growth["band"][1])]
+    return [
+        {"x": x.tolist(), "y": numbers(median[first] * rate ** (x - first)), "name": name, "mode": "lines", "line": DASHED}
+        for name, rate in bounds if rate is not None and np.isfinite(median[first])
+    ]  # fmt: skip
+
+
+def _histogram(arrays: Arrays, rows: Rows) -> Figure | None:
+    norms = resid(arrays)
+    if norms is None or text_tokens(arrays).sum() < BINS:
+        return None
+    norms = norms[:, text_tokens(arrays)]
+    measured = np.flatnonzero((norms > 0).all(1) & np.isfinite(norms).all(1))
+    chosen = measured[np.unique(np.linspace(0, len(measured) - 1, HISTOGRAMS).astype(int))] if len(measured) else []
+    if not len(chosen):
+        return None
+    logs = np.log10(norms[chosen])
+    edges = np.linspace(logs.min(), logs.max() + 1e-6, BINS + 1)
+    shades = np.linspace(210, 20, len(chosen)).astype(int)
+    data = [
+        {"x": numbers(edges[:-1]), "y": np.histogram(row, edges)[0].tolist(), "name": f"layer {layer}", "mode": "lines",
+         "line": {"shape": "hv", "color": f"rgb({shade},119,180)"}}
+        for layer, row, shade in zip(chosen, logs, shades, strict=True)
+    ]  # fmt: skip
+    read = "How norms are spread over prompts and positions at some layers. Equal steps to the right are exponential growth."
+    made = figure("Norms by layer", data, read, ["residual/spread"], y="text tokens")
+    made["layout"]["xaxis"] = {"title": {"text": "log10 of the norm", "standoff": 4}}
+    return made
+
+
+def _factors(arrays: Arrays, rows: Rows) -> Figure | None:
+    norms = resid(arrays)
+    if norms is None:
+        return None
+    text, growth = text_tokens(arrays), _claimed(rows, GROWTH)
+    layers, rates = _steps(quantiles(norms[:, text])[1])
+    data = [line(layers, rates, "median token", BLUE)]
+    if not text.all():
+        data.append(line(*_steps(quantiles(norms[:, ~text])[1]), "position 0", RED, line={"dash": "dot"}))
+    read = "Norm after a layer over norm before it; 1 is no growth. Dashed: the band."
+    made = figure(
+        "Growth factor", data, read, [GROWTH, "residual/position_0"], y="growth a layer", row=rows.get(GROWTH)
+    )  # fmt: skip
+    if growth:
+        first, last = growth["layers"]
+        inside = rates[(layers >= first) & (layers <= last)]
+        made["layout"]["yaxis"]["range"] = [min(0.9, *inside) - 0.02, max(1.1, *inside) + 0.05] if len(inside) else None
+        across = {"type": "line", "xref": "x", "x0": first, "x1": last, "line": DASHED}
+        made["layout"]["shapes"] += [across | {"y0": rate, "y1": rate} for rate in growth["band"] if rate is not None]
+    return made
+
+
+def _steps(median: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Middles between measured layers, and growth a layer there."""
+    with np.errstate(divide="ignore"):
+        logs = np.log(median)
+    layers = np.flatnonzero(np.isfinite(logs))
+    return (layers[1:] + layers[:-1]) / 2, np.exp(np.diff(logs[layers]) / np.diff(layers))
+
+
+def _sublayers(arrays: Arrays, rows: Rows) -> Figure | None:
+    names = {"attn_out": ORANGE, "mlp_out": GREEN, "resid_pre": BLUE}
+    found = {name: arrays[f"stream/{name}"] for name in names if f"stream/{name}" in arrays}
+    if "attn_out" not in found:
+        return None
+    text = text_tokens(arrays)
+    data = [by_layer(quantiles(norms[:, text])[1], name, names[name]) for name, norms in found.items()]
+    laws = ["sublayers/both_grow", "attention/fall_off", "sublayers/contribution_bound", "sublayers/addition_law"]
+    read = "Attention and MLP outputs must together be at least as large as the growth they cause."
+    row = rows.get("sublayers/both_grow")
+    return figure("What the sublayers add", data, read, laws, y="norm of the median token", row=row, log=True)
+
+
+def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
+    names = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    if not all(f"stream/{name}" in arrays for name in names):
+        return None
+    text = text_tokens(arrays)
+    pre, attn, mlp, post = (arrays[f"stream/{name}"][:, text].astype(float) for name in names)
+    uncorrelated, aligned = np.sqrt(pre**2 + attn**2 + mlp**2), pre + attn + mlp
+    median = np.median(pre, axis=1)
+    growth = rows.get(GROWTH)
+    first, last = growth["layers"] if growth and growth["layers"] else (0, len(pre) - 1)
+    rate = (median[min(last, len(pre) - 1)] / median[first]) ** (1 / max(1, min(last, len(pre) - 1) - first))
+    scale = np.sqrt(_width(arrays, pre)) * rate ** np.arange(1, len(pre) + 1)
+    low, high, measured = (np.median(x, axis=1) / scale for x in (uncorrelated, aligned, post))
+    data = spread(low, high, "from uncorrelated to fully correlated", "rgba(148,103,189,0.25)", start=1)
+    data.append(line(np.arange(1, len(pre) + 1), measured, "measured", BLUE))
+    read = (
+        f"Standard deviation of the stream behind each block, divided by {rate:.4f} to the layer. The region runs from where "
+        "the block's outputs would bring it uncorrelated with the stream to where they would if they lay along it."
+    )
+    return figure(
+        "Correlated or not", data, read, ["sublayers/alignment"], y="standard deviation / rate^layer", row=growth, log=True
+    )
+
+
+def _width(arrays: Arrays, pre: np.ndarray) -> int:
+    gain = arrays.get("weights/ln1_gain")
+    return 1 if gain is None else gain.shape[1]
+
+
+def _heads(arrays: Arrays, rows: Rows) -> Figure | None:
+    norms = arrays.get("weights/W_OV_frobenius")
+    if norms is None:
+        return None
+    n_layers, n_heads = norms.shape
+    labels = [f"layer {n}, head {h}" for n in range(n_layers) for h in range(n_heads)]
+    heads = {
+        "x": np.repeat(np.arange(n_layers), n_heads).tolist(), "y": numbers(norms.ravel()), "text": labels, "name": "heads",
+        "mode": "markers", "marker": {"color": GREY, "size": 5}, "hovertemplate": "%{text}: %{y}<extra></extra>",
+    }  # fmt: skip
+    data = [heads, by_layer(norms.mean(1), "‖W_OV‖, mean over heads", PURPLE)]
+    if arrays.get("weights/b_O", np.zeros(1)).any():
+        data.append(by_layer(arrays["weights/b_O"], "‖b_O‖", RED))
+    if "stream/attn_out" in arrays:
+        data.append(by_layer(quantiles(arrays["stream/attn_out"][:, text_tokens(arrays)])[1], "attn_out, median token", ORANGE))
+    if "random_input/attn_norm" in arrays:
+        data.append(by_layer(arrays["random_input/attn_norm"], "sum of heads on random input", BROWN))
+    laws = [f"attention/{name}" for name in ("ov_growth", "frobenius_is_random_response", "amplification_bound", "output_bias")]
+    laws += [f"attention/{name}" for name in ("last_output_bias", "random_sum", "hard_coded_growth", "gain_share")]
+    read = "Curves that rise side by side: attention writes more because its weights are larger, whatever it reads."
+    return figure("Attention's weights and output", data, read, laws, y="norm", row=rows.get("attention/ov_growth"), log=True)
+
+
+def _random_mlp(arrays: Arrays, rows: Rows) -> Figure | None:
+    if "random_input/mlp_norm" not in arrays:
+        return None
+    data = [by_layer(arrays["random_input/mlp_norm"], "random input", BROWN)]
+    if "random_input/resampled_norm" in arrays:
+        data.append(by_layer(arrays["random_input/resampled_norm"], "resampled resid_mid", PURPLE))
+    if "stream/mlp_out" in arrays:
+        data.append(by_layer(quantiles(arrays["stream/mlp_out"][:, text_tokens(arrays)])[1], "mlp_out, median token", GREEN))
+    laws = ["mlp/random_input_growth", "mlp/hard_coded_growth"]
+    read = "The same random vectors go into every layer, so what grows on the upper curves is in the weights alone."
+    return figure("MLP on random input", data, read, laws, y="norm", row=rows.get("mlp/random_input_growth"), log=True)
+
+
+def _components(arrays: Arrays, rows: Rows) -> Figure | None:
+    colours = {"W_in": BLUE, "W_gate": RED, "W_out": ORANGE, "W_in_W_out": GREEN, "b_in_W_out": PURPLE, "b_out": BROWN}
+    found = {name: arrays[f"weights/{name}"] for name in colours if arrays.get(f"weights/{name}", np.zeros(1)).any()}
+    if not found:
+        return None
+    data = [by_layer(norms, f"‖{name.replace('_W_', ' W_')}‖", colours[name]) for name, norms in found.items()]
+    norms = resid(arrays)
+    if norms is not None:
+        data.append(
+            by_layer(quantiles(norms[:, text_tokens(arrays)])[1], "the stream, for its slope", GREY, line={"dash": "dot"})
+        )
+    laws = ["mlp/component_norms", "mlp/gain_share"]
+    read = "Norms of the MLP's parts. Where all run flatter than the stream, none of them alone makes mlp_out grow."
+    return figure("MLP components", data, read, laws, y="norm", row=rows.get("mlp/component_norms"), log=True)
+
+
+def _activation(arrays: Arrays, rows: Rows) -> Figure | None:
+    rates = arrays.get("neurons/activation_rate")
+    if rates is None:
+        return None
+    low, median, high = quantiles(rates[:, text_tokens(arrays)])
+    data = [*spread(low, high, "5% to 95% of tokens", "rgba(44,160,44,0.25)"), by_layer(median, "median token", GREEN)]
+    for name, label, colour in (("mlp", "random input", BROWN), ("resampled", "resampled resid_mid", PURPLE)):
+        if f"random_input/{name}_activation_rate" in arrays:
+            data.append(by_layer(arrays[f"random_input/{name}_activation_rate"], label, colour))
+    laws = ["mlp/activation_rate", "mlp/random_activation_rate", "mlp/resampled_activation_rate"]
+    read = "The fraction of neurons whose pre-activation (the gate's, in a gated MLP) is above 0."
+    return figure("Activation rate", data, read, laws, y="fraction of neurons", row=rows.get("mlp/activation_rate"), log=True)
+
+
+def _hidden(arrays: Arrays, rows: Rows) -> Figure | None:
+    values = arrays.get("neurons/singular_values")
+    if values is None or not values.any(1).all():
+        return None
+    p, q = values**2 / (values**2).sum(1, keepdims=True), values / values.sum(1, keepdims=True)
+    entropy = -np.where(q > 0, q * np.log(np.where(q > 0, q, 1)), 0).sum(1)
+    data = [by_layer(np.exp(entropy), "effective rank", BLUE), by_layer(1 / (p**2).sum(1), "participation ratio", ORANGE)]
+    read = f"How many directions the hidden activations of {values.shape[1]} sequences use at one position."
+    return figure("Hidden structure", data, read, ["mlp/hidden_structure"], y="directions", log=True)
+
+
+def _weights(arrays: Arrays, rows: Rows) -> Figure | None:
+    colours = {"W_Q": BLUE, "W_K": PURPLE, "W_V": GREEN, "W_in": GREY, "W_gate": BROWN, "W_O": ORANGE, "W_out": RED}
+    found = {name: arrays[f"weights/{name}_raw"] for name in colours if f"weights/{name}_raw" in arrays}
+    if not found:
+        return None
+    whole = {name: np.linalg.norm(norms.reshape(len(norms), -1), axis=1) for name, norms in found.items()}
+    data = [by_layer(norms, f"‖{name}‖", colours[name]) for name, norms in whole.items()]
+    laws = ["weights/writing_grows", "weights/reading_stays", "weights/embedding_norm", "weights/integrity"]
+    read = "Frobenius norms as the file has them. Warm colours write to the stream, the others read from it."
+    return figure("Reading and writing matrices", data, read, laws, y="norm", log=True)
+
+
+FIGURES: tuple[Callable[[Arrays, Rows], Figure | None], ...] = (
+    _stream, _histogram, _factors, _sublayers, _correlation, _heads, _random_mlp, _components, _activation, _hidden, _weights,
+)  # fmt: skip
