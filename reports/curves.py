@@ -57,6 +57,14 @@ def spread(low: np.ndarray, high: np.ndarray, name: str, colour: str, start: int
     return [lower, edge | {"y": numbers(high[kept]), "name": name, "fill": "tonexty", "fillcolor": colour}]
 
 
+def over_tokens(norms: np.ndarray, colour: str, fill: str) -> list[dict[str, Any]]:
+    """The median token with the spread over tokens around it; one line where a record holds one number a layer."""
+    low, median, high = quantiles(norms)
+    if norms.shape[1] == 1:
+        return [by_layer(median, "over all tokens", colour)]
+    return [*spread(low, high, "5% to 95% of tokens", fill), by_layer(median, "median token", colour)]
+
+
 def window(row: Row | None) -> list[dict[str, Any]]:
     """The stretch of layers that a law speaks of, shaded."""
     if row is None or not row["layers"]:

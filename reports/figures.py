@@ -21,6 +21,7 @@ from .curves import (
     figure,
     line,
     numbers,
+    over_tokens,
     quantiles,
     resid,
     spread,
@@ -61,13 +62,12 @@ def _stream(arrays: Arrays, rows: Rows) -> Figure | None:
     if norms is None:
         return None
     text, growth = text_tokens(arrays), rows.get(GROWTH)
-    low, median, high = quantiles(norms[:, text])
-    data = [*spread(low, high, "5% to 95% of tokens", "rgba(31,119,180,0.25)"), by_layer(median, "median token", BLUE)]
+    data = over_tokens(norms[:, text], BLUE, "rgba(31,119,180,0.25)")
     if not text.all():
         data.append(by_layer(quantiles(norms[:, ~text])[1], "position 0", RED, line={"dash": "dot"}))
     if "padding/resid" in arrays:
         data.append(by_layer(np.median(arrays["padding/resid"], axis=1), "padding", BROWN, line={"dash": "dot"}))
-    data += _wedge(median, _claimed(rows, GROWTH))
+    data += _wedge(quantiles(norms[:, text])[1], _claimed(rows, GROWTH))
     laws = [f"residual/{name}" for name in ("growth_rate", "exponential", "super_exponential", "every_token_grows")]
     laws += [f"residual/{name}" for name in ("fast_start", "decrease", "position_0", "padding")]
     read = (
@@ -240,8 +240,7 @@ def _activation(arrays: Arrays, rows: Rows) -> Figure | None:
     rates = arrays.get("neurons/activation_rate")
     if rates is None:
         return None
-    low, median, high = quantiles(rates[:, text_tokens(arrays)])
-    data = [*spread(low, high, "5% to 95% of tokens", "rgba(44,160,44,0.25)"), by_layer(median, "median token", GREEN)]
+    data = over_tokens(rates[:, text_tokens(arrays)], GREEN, "rgba(44,160,44,0.25)")
     for name, label, colour in (("mlp", "random input", BROWN), ("resampled", "resampled resid_mid", PURPLE)):
         if f"random_input/{name}_activation_rate" in arrays:
             data.append(by_layer(arrays[f"random_input/{name}_activation_rate"], label, colour))

@@ -54,10 +54,12 @@ def page(rows: list[Row]) -> str:
     environment.filters["number"] = number
     environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source, "answers": ANSWERS}
     models = list(dict.fromkeys(row["model"] for row in rows))
+    answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
     return environment.get_template("report.html").render(
         rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
         troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
         models=models,
+        answered=answered,
         laws=sorted({row["law"] for row in rows}),
         kinds=sorted({row["kind"] for row in rows}),
         cells={(row["model"], row["law"]): row for row in rows},
