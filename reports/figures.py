@@ -238,7 +238,7 @@ def _components(arrays: Arrays, rows: Rows) -> Figure | None:
 
 def _activation(arrays: Arrays, rows: Rows) -> Figure | None:
     rates = arrays.get("neurons/activation_rate")
-    if rates is None:
+    if rates is None or "stream/position" not in arrays:
         return None
     data = over_tokens(rates[:, text_tokens(arrays)], GREEN, "rgba(44,160,44,0.25)")
     for name, label, colour in (("mlp", "random input", BROWN), ("resampled", "resampled resid_mid", PURPLE)):

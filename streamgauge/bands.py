@@ -36,6 +36,8 @@ class Band:
         return min(distances, default=math.inf)
 
     def __str__(self) -> str:
+        if self.unclaimed:
+            return self.unclaimed
         if self.low is None:
             return f"below {self.high:.4g}"
         if self.high is None:

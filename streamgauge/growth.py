@@ -131,14 +131,12 @@ def reproduced_share(
 
     random, error: (layers,) mean norm of these answers and its standard error; outputs: (layers, tokens) norms in the
     model's own run; prompts: (tokens,). slope(log random) / slope(log outputs), with an interval that resamples prompts and
-    draws the random norms anew within their errors. Raises NotApplicable where the output's own slope is not above 0.
+    draws the random norms anew within their errors. Raises NotApplicable where the output's own slope cannot be told from 0.
     """
     slopes = log_slopes(outputs, layers)
     own = resampled_means(slopes, prompts)
     if not np.quantile(own, QUANTILES[0]) > 0:
-        raise NotApplicable(
-            f"the output does not grow over layers {layers[0]} to {layers[1]}, so there is no growth to explain"
-        )
+        raise NotApplicable(f"growth of the output over layers {layers[0]} to {layers[1]} cannot be told from none")
     noise = np.random.default_rng(1).standard_normal((len(random), len(own)))
     drawn = log_slopes(random[:, None] + error[:, None] * noise, layers) / own
     low, high = np.quantile(drawn, QUANTILES)

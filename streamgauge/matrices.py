@@ -37,7 +37,8 @@ class Matrices:
 
     def W_O(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_head, d_model)."""
-        return fold_writing(self._read("W_O", layer), self.centres)
+        multiplier = float(self.record.metadata.get("residual_multiplier", 1.0))
+        return multiplier * fold_writing(self._read("W_O", layer), self.centres)
 
     def _read(self, name: str, layer: int) -> np.ndarray:
         places = self.record.metadata["matrices"].get(name)

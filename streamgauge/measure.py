@@ -57,7 +57,8 @@ def _measure(
     names = weights.parameter_names(model)
     bridge = opening.build_bridge(model)
     layout = opening.probe_layout(bridge)
-    integrity["reset"] = weights.reset_gains(layout)
+    resets = weights.reset_gains(layout)
+    integrity |= {} if resets is None else {"reset": resets}
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
     arrays: dict[str, np.ndarray] = {}
@@ -161,6 +162,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "parallel": layout.parallel,
         "pre_norm": layout.pre_norm,
         "epsilon": layout.epsilon,
+        "residual_multiplier": layout.multiplier,
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,

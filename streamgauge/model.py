@@ -1,5 +1,6 @@
 """Open a checkpoint in TransformerLens's raw bridge, and find out what its norms do. Imports torch inside functions."""
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,8 @@ class Layout:
     norm, (n_layers, d_model), ones and zeros where no norm precedes the attention. mlp_gains, mlp_biases: of the norm that
     the MLP reads through, likewise. mlp_norm: that norm's name, ln2 or, in parallel blocks that have but one, ln1; None
     where no norm precedes the MLP. pre_norm: whether blocks add to the stream and leave it otherwise alone. parallel:
-    whether attention and MLP both read resid_pre. has_neurons: whether the MLP is one dense layer into another.
+    whether attention and MLP both read resid_pre. has_neurons: whether the MLP is one dense layer into another. multiplier:
+    what a sublayer's output is multiplied by when the block adds it (Granite).
     """
 
     centres: bool
@@ -128,6 +130,7 @@ class Layout:
     parallel: bool
     has_neurons: bool
     epsilon: float
+    multiplier: float
 
     @property
     def n_layers(self) -> int:
@@ -175,6 +178,7 @@ def _probe_layout(bridge: Any) -> Layout:
         # A mixture of experts answers to mlp.hook_pre too, but with its input.
         has_neurons=all({"in", "out"} <= set(block.mlp.submodules) for block in blocks),
         epsilon=float(bridge.cfg.eps),
+        multiplier=float(getattr(bridge.original_model.config.get_text_config(), "residual_multiplier", 1.0)),
     )
 
 
@@ -196,14 +200,17 @@ def device_of(bridge: Any) -> Any:
     return next(bridge.original_model.parameters()).device
 
 
-def run_mlp(block: Any, x: Any) -> Any:
-    """A block's MLP on what its norm would give it, through the norm behind it where there is one."""
-    if block.mlp.name is not None:
-        output = block.mlp(x)
-    else:  # OPT keeps the two layers on the block itself
+def run_mlp(block: Any, layout: Layout, x: Any) -> Any:
+    """What a block's MLP adds to the stream when its norm gives it x, through the norm behind it where there is one."""
+    if block.mlp.name is None:  # OPT keeps the two layers on the block itself
         output = block.mlp.out(block.original_component.activation_fn(getattr(block.mlp, "in")(x)))
+    elif "residual" in inspect.signature(block.mlp.original_component.forward).parameters:
+        output = block.mlp(x, x.new_zeros(()).expand_as(x))  # BLOOM and MPT add the stream inside the MLP
+    else:
+        output = block.mlp(x)
     output = output[0] if isinstance(output, tuple) else output
-    return block.ln2_post(output) if "ln2_post" in block.submodules else output
+    output = block.ln2_post(output) if "ln2_post" in block.submodules else output
+    return layout.multiplier * output
 
 
 def _probe_norms(blocks: list[Any], name: str | None, d_model: int) -> tuple[np.ndarray, np.ndarray, list[bool]]:
@@ -214,12 +221,12 @@ def _probe_norms(blocks: list[Any], name: str | None, d_model: int) -> tuple[np.
     if name is not None:
         with torch.no_grad():
             for layer, block in enumerate(blocks):
-                gains[layer], biases[layer], centres = _probe_norm(getattr(block, name).original_component, d_model)
+                gains[layer], biases[layer], centres = probe_norm(getattr(block, name).original_component, d_model)
                 centring.append(centres)
     return gains, biases, centring
 
 
-def _probe_norm(norm: Any, d_model: int) -> tuple[np.ndarray, np.ndarray, bool]:
+def probe_norm(norm: Any, d_model: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Gain, bias and whether it centres, for any norm, however its parameters are written (Gemma stores gain - 1)."""
     import torch
 

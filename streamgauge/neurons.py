@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 EARLY = slice(1, 7)  # positions 1 to 6
+HIDDEN_PROMPTS = 64  # how many prompts the matrix of hidden activations has
 EARLY_PROMPTS = 32  # how many prompts lend their early vectors; 192 values a coordinate
 ONE_TOKEN = "a prompt has a single token, so no position but 0 is shared by all"
 
@@ -46,7 +47,7 @@ class NeuronMeter:
     def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
         """Arrays of the group, without its prefix."""
         arrays = by_token(self.readings, self.layout.n_layers, prompts)
-        if self.hidden:
+        if self.position and self.hidden:
             arrays["singular_values"] = np.array([_singular_values(self.hidden[n]) for n in range(self.layout.n_layers)])
         return arrays
 
@@ -66,9 +67,10 @@ class NeuronMeter:
         note(self.readings, "activation_rate", layer, (x > 0).double().mean(-1))
 
     def _keep_hidden(self, layer: int, x: "torch.Tensor") -> None:
-        if self.position:
-            # Neurons of all prompts are needed at once: one token a prompt, which is little.
-            self.hidden.setdefault(layer, []).append(x[:, self.position].clone())
+        kept = self.hidden.setdefault(layer, [])
+        room = HIDDEN_PROMPTS - sum(len(rows) for rows in kept)
+        if self.position and room > 0:
+            kept.append(x[:room, self.position].clone())
 
     def _keep_early(self, layer: int, x: "torch.Tensor") -> None:
         kept = self.early_inputs.setdefault(layer, [])

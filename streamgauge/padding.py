@@ -37,8 +37,12 @@ def measure_padding(bridge: Any, layout: Layout, prompts: Prompts) -> tuple[dict
 def padding_token(config: Any, vocabulary: int) -> int | None:
     """The token that texts are padded with: the configured one, else end of text, else beginning."""
     text = config.get_text_config()
-    names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    return next((t for n in names if isinstance(t := getattr(text, n, None), int) and 0 <= t < vocabulary), None)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        token = getattr(text, name, None)
+        token = token[0] if isinstance(token, list) and token else token  # some models end texts in several ways
+        if isinstance(token, int) and 0 <= token < vocabulary:
+            return token
+    return None
 
 
 def _norms_behind(length: int, layout: Layout, norms: dict[int, np.ndarray], layer: int) -> Any:

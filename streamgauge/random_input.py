@@ -27,9 +27,9 @@ def measure_random_input(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have.
 
-    early_inputs: what NeuronMeter kept. no_heads: why W_V and W_O cannot be had, if so. Every layer is given the same
-    Gaussian vectors, so layers differ by their weights alone. Batches are drawn until the standard error of the mean norm is
-    below PRECISION of it, at most MOST_BATCHES.
+    early_inputs: what NeuronMeter kept. no_heads: why W_V and W_O cannot be had, if so. Every layer is given vectors
+    of one Gaussian sequence from its start, so layers differ by their weights. Batches are drawn until the standard
+    error of the mean norm is below PRECISION of it, at most MOST_BATCHES.
     """
     import torch
 
@@ -75,7 +75,7 @@ def _measure_mlp(
     hooks = [(f"blocks.{layer}.mlp.hook_pre", lambda x, hook: rates.append(float((x > 0).double().mean())))]
 
     def answer(x: "torch.Tensor") -> "torch.Tensor":
-        return _centre(run_mlp(block, x), layout)
+        return _centre(run_mlp(block, layout, x), layout)
 
     with bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
         yield from _respond("mlp", _gaussian(layout, layer, device_of(bridge), for_mlp=True), answer, rates)
@@ -145,7 +145,8 @@ def _attention(block: Any, layout: Layout, x: "torch.Tensor") -> "torch.Tensor":
     values = (x @ W_V.transpose(0, 1).reshape(x.shape[-1], -1)).unflatten(-1, W_V.shape[::2])
     values = values.repeat_interleave(len(W_O) // len(W_V), dim=-2)
     output = values.flatten(-2) @ W_O.reshape(-1, W_O.shape[-1])
-    return _centre(block.ln1_post(output) if "ln1_post" in block.submodules else output, layout)
+    output = block.ln1_post(output) if "ln1_post" in block.submodules else output
+    return _centre(layout.multiplier * output, layout)
 
 
 def _centre(x: "torch.Tensor", layout: Layout) -> "torch.Tensor":

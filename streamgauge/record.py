@@ -27,6 +27,7 @@ weights/ln1_gain, ln2_gain  (n_layers, d_model) the gains folded into W_V and W_
 neurons/activation_rate     (n_layers, n_tok)   fraction of MLP pre-activations (of the gate's, if gated) above 0
 neurons/singular_values     (n_layers, n_rows)  of the prompts x d_mlp matrix of hidden activations at one position
 sublayers/attn_dot_mlp      (n_layers, n_tok)   inner product of attn_out and mlp_out (parallel blocks only)
+sublayers/raw_norm          (n_layers, n_tok)   sum of the norms of raw resid_pre, attn_out and mlp_out, before centring
 sublayers/attn_scale_error  (n_layers, draws)   relative change of the norms' inputs that would change attn_out as much as
                                                 scaling and shifting them did; mlp_scale_error likewise
 sublayers/largest_shift     (1,)                the largest constant that was added, in root mean squares of the input
@@ -65,7 +66,7 @@ WEIGHTS = (
 )
 OTHERS = {
     "neurons": "activation_rate singular_values",
-    "sublayers": "attn_dot_mlp attn_scale_error mlp_scale_error largest_shift",
+    "sublayers": "attn_dot_mlp raw_norm attn_scale_error mlp_scale_error largest_shift",
     "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",
@@ -145,6 +146,11 @@ class Record:
         """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""
         if not self.metadata.get("pre_norm", True):
             raise NotApplicable("post-norm blocks normalise the stream itself, so it does not grow freely")
+
+    def require_text(self) -> None:
+        """Raise NotMeasured where no token but those at position 0 was measured."""
+        if not self.is_text.any():
+            raise NotMeasured("no token but those at position 0 was measured; use longer prompts")
 
     def require_tokens(self) -> None:
         """Raise NotApplicable for a published aggregate, which knows no single token."""

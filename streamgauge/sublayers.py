@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = "mid_dot_mlp holds it: the MLP of a sequential block reads what attention has written"
 DRAWS, TOKENS = 4, 16
-LARGE = 2.0**20  # norms' inputs are scaled up by this, which takes their epsilon out of play
+LARGE = 2.0**20  # norms' inputs are brought to this root mean square, which takes their epsilon out of play
+SMALLEST = 1e-30  # of a stream that is not zero
 NUDGE = 2.0**-16  # relative size of the perturbation that says how sensitive an output is: far above rounding, still small
 SCALES = (2.0**-10, 2.0**10)
 SHIFT = 4.0  # largest constant added, in root mean squares of the input
 
 
 class OutputsMeter:
-    """Inner products of attn_out and mlp_out, which parallel blocks add at once."""
+    """Raw norms of what a block sums up, and inner products of attn_out and mlp_out, which parallel blocks add at once."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -29,11 +30,11 @@ class OutputsMeter:
         self.readings: Readings = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """What bridge.hooks takes; none for a sequential block."""
-        if not self.layout.parallel or not self.layout.pre_norm:
+        """What bridge.hooks takes."""
+        if not self.layout.pre_norm:
             return []
-        layers = range(self.layout.n_layers)
-        hooks = [(f"blocks.{n}.hook_{name}", self._keep(name)) for n in layers for name in ("attn_out", "mlp_out")]
+        layers, names = range(self.layout.n_layers), ("resid_pre", "attn_out", "mlp_out")
+        hooks = [(f"blocks.{n}.hook_{name}", self._keep(name)) for n in layers for name in names]
         return hooks + [(f"blocks.{n}.hook_resid_post", self._read(n)) for n in layers]
 
     def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
@@ -45,6 +46,8 @@ class OutputsMeter:
         reasons: dict[str, str] = {}
         if not self.layout.parallel or not self.layout.pre_norm:
             reasons["attn_dot_mlp"] = SEQUENTIAL if self.layout.pre_norm else POST_NORM
+        if not self.layout.pre_norm:
+            reasons["raw_norm"] = POST_NORM
         if not is_scale_blind(self.layout):
             why = POST_NORM if not self.layout.pre_norm else NO_LN1
             reasons |= dict.fromkeys(["attn_scale_error", "mlp_scale_error", "largest_shift"], why)
@@ -52,13 +55,22 @@ class OutputsMeter:
 
     def _keep(self, name: str) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
-            self.block[name] = x - x.mean(-1, keepdim=True) if self.layout.centres else x
+            self.block[name] = x
 
         return keep
 
+    def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
+        return x - x.mean(-1, keepdim=True) if self.layout.centres else x
+
     def _read(self, layer: int) -> Any:
+        import torch
+
         def read(x: "torch.Tensor", hook: Any) -> None:
-            note(self.readings, "attn_dot_mlp", layer, (self.block["attn_out"] * self.block["mlp_out"]).sum(-1))
+            raw = sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values())
+            note(self.readings, "raw_norm", layer, raw)
+            if self.layout.parallel:
+                attn, mlp = (self._centre(self.block[name]) for name in ("attn_out", "mlp_out"))
+                note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))
             self.block.clear()
 
         return read
@@ -74,7 +86,7 @@ def measure_scale_blindness(bridge: Any, layout: Layout, prompts: Prompts) -> di
 
     One batch of copies of one prompt: as it is, nudged at random, and then DRAWS times with a factor and a constant of its
     own for every norm and token. The error, (n_layers, DRAWS), is the relative nudge of the norms' inputs that would
-    change the output as much, so that rounding is all there may be. Every copy's inputs are scaled up by LARGE first.
+    change the output as much, so that rounding is all there may be. All inputs are brought to one large size first.
     """
     import torch
 
@@ -100,13 +112,14 @@ def _rescaler(layout: Layout, generator: "torch.Generator") -> Any:
     def rescale(x: "torch.Tensor", hook: Any) -> "torch.Tensor":
         copies = x.reshape(2 + DRAWS, -1, x.shape[-1])  # OPT folds batch and position into one
         rms = copies.square().mean(-1, keepdim=True).sqrt()
+        copies = copies / rms.clamp_min(SMALLEST)
         noise = torch.randn(copies.shape[1:], generator=generator).to(x.device)
         per_token = (DRAWS, copies.shape[1], 1)
         low, high = np.log(SCALES)
         scale = torch.empty(per_token).uniform_(low, high, generator=generator).exp().to(x.device)
-        shift = torch.empty(per_token).uniform_(-SHIFT, SHIFT, generator=generator).to(x.device) * rms[2:]
+        shift = torch.empty(per_token).uniform_(-SHIFT, SHIFT, generator=generator).to(x.device)
         changed = LARGE * copies
-        changed[1] += LARGE * NUDGE * rms[1] * noise
+        changed[1] += LARGE * NUDGE * noise
         changed[2:] = scale * (changed[2:] + (LARGE * shift if layout.centres else 0))
         return changed.reshape(x.shape)
 
@@ -124,6 +137,6 @@ def _errors(copies: "torch.Tensor") -> np.ndarray:
     import torch
 
     change = torch.linalg.vector_norm(copies[1:] - copies[0], dim=1).cpu().numpy()
-    if change[0] > 0:
-        return np.asarray(NUDGE * change[1:] / change[0])
-    return np.where(change[1:] > 0, 1.0, 0.0)  # a dead sublayer answers to nothing, and then has no error either
+    if change[0] == 0:  # a dead sublayer answers to nothing, and then has no error either
+        return np.where(change[1:] == 0, 0.0, 1.0)
+    return np.asarray(NUDGE * change[1:] / change[0])

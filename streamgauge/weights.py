@@ -49,16 +49,18 @@ def measure_integrity(model: Any) -> dict[str, list[str]]:
     return problems
 
 
-def reset_gains(layout: Layout) -> list[str]:
+def reset_gains(layout: Layout) -> list[str] | None:
     """Norms whose gain is one constant although other layers' gains are not: one line each.
 
-    Before training all gains are constant, and norms without parameters stay so.
+    None where no gain varies, as before training and in norms without parameters.
     """
-    resets: list[str] = []
+    resets: list[str] | None = None
     for name, gains in (("norm before the attention", layout.gains), ("norm before the MLP", layout.mlp_gains)):
         constant = np.ptp(gains, axis=1) <= GAIN_ROUNDING * np.abs(gains).max(axis=1)
         if not constant.all():
-            resets += [f"layer {layer}: the gain of the {name} is constant" for layer in np.flatnonzero(constant)]
+            resets = (resets or []) + [
+                f"layer {layer}: the gain of the {name} is constant" for layer in np.flatnonzero(constant)
+            ]
     return resets
 
 
@@ -96,7 +98,7 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     gain, bias = layout.gains[layer], layout.biases[layer]
     raw = {name: _numpy(getattr(attn, name)) for name in ("W_Q", "W_K", "W_V", "W_O")}
     folded = {name: fold_reading(raw[name], gain, layout.centres) for name in ("W_Q", "W_K", "W_V")}
-    folded["W_O"] = fold_writing(raw["W_O"], layout.centres)
+    folded["W_O"] = layout.multiplier * fold_writing(raw["W_O"], layout.centres)
     readings = {name: _frobenius(weight) for name, weight in folded.items()}
     readings |= {f"{name}_raw": _frobenius(weight) for name, weight in raw.items()}
     for name in ("Q", "K"):
@@ -105,7 +107,7 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     n_heads, b_V = len(raw["W_O"]), _bias(attn, "b_V", raw["W_V"].shape[::2])
     b_O = _bias(attn, "b_O", (raw["W_O"].shape[2],))
     carried = expand_heads(b_V + bias @ raw["W_V"], n_heads)
-    b_O_folded = b_O + np.einsum("he,hed->d", carried, raw["W_O"])
+    b_O_folded = layout.multiplier * (b_O + np.einsum("he,hed->d", carried, raw["W_O"]))
     readings |= {"b_V_raw": norm(b_V), "b_O_raw": norm(b_O), "b_O": norm(centre(b_O_folded) if layout.centres else b_O_folded)}
     frobenius, spectral = ov_norms(expand_heads(folded["W_V"], n_heads), folded["W_O"])
     raw_frobenius, _ = ov_norms(expand_heads(raw["W_V"], n_heads), raw["W_O"])
@@ -117,12 +119,13 @@ def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
     gain, bias = layout.mlp_gains[layer], layout.mlp_biases[layer]
     W_in, W_out = _numpy(mlp.W_in), _numpy(mlp.W_out)
     b_in, b_out = _bias(mlp, "b_in", W_in.shape[1:]), _bias(mlp, "b_out", W_out.shape[1:])
-    folded, writing = fold_reading(W_in, gain, layout.centres), fold_writing(W_out, layout.centres)
+    folded = fold_reading(W_in, gain, layout.centres)
+    writing, b_out_folded = (layout.multiplier * fold_writing(x, layout.centres) for x in (W_out, b_out))
     b_in_folded = b_in + bias @ W_in
     readings = {
         "W_in": norm(folded.ravel()), "W_in_raw": norm(W_in.ravel()), "W_out": norm(writing.ravel()),
         "W_out_raw": norm(W_out.ravel()), "b_in": norm(b_in_folded), "b_in_raw": norm(b_in),
-        "b_out": norm(fold_writing(b_out, layout.centres)), "b_out_raw": norm(b_out),
+        "b_out": norm(b_out_folded), "b_out_raw": norm(b_out),
     }  # fmt: skip
     if mlp.W_gate is None:
         # The product is taken in fp32: its norm is exact to about 1e-7, and fp64 would take twice as long.

@@ -39,7 +39,8 @@ class Architecture:
     mlp: str
     post_attn: str | None = None
     post_mlp: str | None = None
-    compatible: bool = True
+    adds_inside: tuple[str, ...] = ()  # sublayers that add the stream to what they write
+    multiplier: float = 1.0
 
 
 def _llama(config: Callable[[], Any], **more: Any) -> Architecture:
@@ -75,6 +76,15 @@ ARCHITECTURES = {
         "transformer.h", "self_attention", "mlp",
     ),
     "phi3": _llama(lambda: tf.Phi3Config(**GROUPED)),
+    "bloom": Architecture(
+        lambda: tf.BloomConfig(**IDS, hidden_size=WIDTH, n_layer=3, n_head=HEADS), "transformer.h", "self_attention", "mlp",
+        adds_inside=("attn_out", "mlp_out"),
+    ),
+    "mpt": Architecture(
+        lambda: tf.MptConfig(**IDS, d_model=WIDTH, n_layers=3, n_heads=HEADS), "transformer.blocks", "attn", "ffn",
+        adds_inside=("mlp_out",),
+    ),
+    "granite": _llama(lambda: tf.GraniteConfig(**GROUPED, residual_multiplier=0.22), multiplier=0.22),
     "olmo2": _llama(lambda: tf.Olmo2Config(**GROUPED), **SANDWICH),
 }  # fmt: skip
 
@@ -125,12 +135,26 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def reference_norms(model: Any, name: str, ids: torch.Tensor, *, centred: bool) -> dict[str, np.ndarray]:
-    """resid_pre, resid_post, attn_out and mlp_out by plain forward hooks: (layers, tokens), tokens row by row."""
+    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks: (layers, tokens), tokens row by row."""
+    seen = _reference(model, name, ids)
+    n_layers = 1 + max(layer for _, layer in seen)
+    return {
+        kind: _norms([seen[kind, n] for n in range(n_layers)], centred)
+        for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out")
+    }
+
+
+def reference_outputs(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
+    """What attention ("attn") and MLP ("mlp") of each layer add to the stream, by plain forward hooks."""
+    seen = _reference(model, name, ids)
+    return {(kind.removesuffix("_out"), layer): x.reshape(*ids.shape, -1) for (kind, layer), x in seen.items() if "out" in kind}
+
+
+def _reference(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
     where = ARCHITECTURES[name]
-    blocks = list(model.get_submodule(where.blocks))
     seen: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
-    for layer, block in enumerate(blocks):
+    for layer, block in enumerate(model.get_submodule(where.blocks)):
         attn = block.get_submodule(where.post_attn or where.attn)
         mlp = getattr(block, where.post_mlp or where.mlp, None) or block.moe
 
@@ -146,10 +170,15 @@ def reference_norms(model: Any, name: str, ids: torch.Tensor, *, centred: bool) 
         model(ids)
     for handle in handles:
         handle.remove()
-    return {
-        kind: _norms([seen[kind, n] for n in range(len(blocks))], centred)
-        for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out")
-    }
+    for (kind, layer), x in list(seen.items()):
+        if kind in ("attn_out", "mlp_out"):
+            seen[kind, layer] = x * where.multiplier
+    for layer in range(1 + max(layer for _, layer in seen)):
+        if "attn_out" in where.adds_inside:
+            seen["attn_out", layer] = seen["attn_out", layer] - seen["resid_pre", layer]
+        if "mlp_out" in where.adds_inside:
+            seen["mlp_out", layer] = seen["mlp_out", layer] - seen["resid_pre", layer] - seen["attn_out", layer]
+    return seen
 
 
 def _norms(activations: list[torch.Tensor], centred: bool) -> np.ndarray:

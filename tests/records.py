@@ -48,7 +48,7 @@ def sound_record(
         "stream/is_bos": position == 0,
         "stream/is_padding": np.zeros(position.size, bool),
     }
-    arrays |= _beside_the_stream(n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1))
+    arrays |= _beside_the_stream(n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1), pre + attn + mlp)
     defaults = {
         "model": model,
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
@@ -59,7 +59,7 @@ def sound_record(
     return Record(arrays, defaults | metadata)
 
 
-def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray) -> dict[str, np.ndarray]:
+def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np.ndarray) -> dict[str, np.ndarray]:
     """Weights, neurons and answers to random input that go with a stream whose sublayers write so much."""
     layers = np.arange(n_layers)
     ones, firing = np.ones(n_layers), 0.05 * 1.01**layers
@@ -75,6 +75,7 @@ def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray) -> dict
     others = {
         "neurons/activation_rate": np.outer(firing, np.ones(PROMPTS * LENGTH)).astype(np.float32),
         "neurons/singular_values": np.outer(ones, 0.5 ** np.arange(PROMPTS)),
+        "sublayers/raw_norm": raw,
         "sublayers/attn_scale_error": draws, "sublayers/mlp_scale_error": draws, "sublayers/largest_shift": np.array([4.0]),
         "random_input/attn_norm": 5 * attn, "random_input/attn_error": 0.005 * attn, "random_input/mlp_norm": 3 * mlp,
         "random_input/mlp_error": 0.003 * mlp, "random_input/mlp_activation_rate": 4 * firing,

@@ -35,7 +35,7 @@ COVERED = {
     "MLP: hidden structure": ["mlp/hidden_structure"],
     "weights: writing grows, reading does not": ["weights/writing_grows", "weights/reading_stays"],
     "weights: embedding norm": ["weights/embedding_norm"],
-    "weights: integrity": ["weights/integrity"],
+    "weights: integrity": ["weights/integrity", "weights/gains_vary"],
     "weights: gain share": ["attention/gain_share", "mlp/gain_share"],
 }
 

@@ -121,6 +121,7 @@ DECLARED = "declared"  # a law that no source claims of any model, claimed here 
 OWN_BANDS = [
     {"law": "residual/decrease", "model": "pystdlib-3m", "high": 1.0, "source": "the test's own"},
     {"law": "attention/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 2.0, "source": "the test's own"},
+    {"law": "mlp/hidden_structure", "model": "pystdlib-3m", "low": 1.0, "source": "the test's own"},
     {"law": "mlp/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 0.5, "source": "the test's own"},
 ]
 
@@ -152,7 +153,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("weights/integrity", "dead", _faulty("dead")),
     ("weights/integrity", "alike", _faulty("alike")),
     ("weights/integrity", "dead-head", _dead_head),
-    ("weights/integrity", "gain-reset", _faulty("reset")),
+    ("weights/gains_vary", "gain-reset", _faulty("reset")),
     ("residual/fast_start", "gpt2-xl", lambda: sound_record(n_layers=48)),
     ("residual/padding", "gpt2-xl", _xl("padding/resid", lambda x: x * np.nan)),
     ("residual/padding", "gpt2-xl", _xl("padding/resid", lambda x: np.sort(x, axis=0))),
@@ -186,14 +187,15 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("mlp/random_activation_rate", "gpt2-xl", _xl("random_input/mlp_activation_rate", lambda x: x / 4)),
     ("mlp/resampled_activation_rate", "gpt2-xl", _xl("random_input/resampled_activation_rate", lambda x: x / 4)),
     ("mlp/resampled_activation_rate", "gpt2-xl", _xl("random_input/resampled_activation_rate", lambda x: x * 4)),
-    ("mlp/hidden_structure", "nothing-fires", _of("any", "neurons/singular_values", lambda x: 0 * x)),
-    ("mlp/hidden_structure", "squared-twice", _of("any", "neurons/singular_values", lambda x: x - 0.1)),
+    ("mlp/hidden_structure", DECLARED, _of("any", "neurons/singular_values", lambda x: 0 * x, 16)),
+    ("mlp/hidden_structure", DECLARED, _of("any", "neurons/singular_values", lambda x: x * np.nan, 16)),
+    ("mlp/component_norms", "gpt2-xl", _xl("weights/W_in", lambda x: np.append(x[:20] * 0, x[20:]))),
     ("weights/writing_grows", "pythia-160m", _of("pythia-160m", "weights/W_out_raw", _backwards)),
-    ("weights/writing_grows", "pythia-160m", _of("pythia-160m", "weights/W_O_raw", _flat)),
+    ("weights/writing_grows", "pythia-160m", _of("pythia-160m", "weights/W_out_raw", _flat)),
     (
         "weights/reading_stays",
         "pythia-160m",
-        _of("pythia-160m", "weights/W_K_raw", lambda x: np.vstack([x[:-1], 1.2 * x[-1:]])),
+        _of("pythia-160m", "weights/W_in_raw", lambda x: np.append(x[:-1], 1.2)),
     ),
     ("weights/embedding_norm", "pythia-70m", lambda: sound_record(n_layers=6)),
 ]
@@ -350,6 +352,14 @@ def _reset_gain(model: Any) -> None:
     model.transformer.h[4].ln_2.weight.fill_(1)
 
 
+def test_a_gain_that_was_reset_is_found(audit: Auditing, tmp_path: Path) -> None:
+    model = models.gpt2()
+    with torch.no_grad():
+        _reset_gain(model)
+    row = audit("--model", models.save(model, tmp_path / "reset"), "-k", "gains_vary or integrity").row("weights/gains_vary")
+    assert row["outcome"] == "fail" and "layer 4: the gain of the norm before the MLP" in row["reason"]
+
+
 def _dead_layer(model: Any) -> None:
     model.transformer.h[4].mlp.c_proj.weight.zero_()
 
@@ -362,7 +372,7 @@ def _dead_head_in_weights(model: Any) -> None:
     model.transformer.h[4].attn.c_proj.weight[:8] = 0
 
 
-@pytest.mark.parametrize("break_it", [_dead_layer, _twin_layers, _dead_head_in_weights, _reset_gain])
+@pytest.mark.parametrize("break_it", [_dead_layer, _twin_layers, _dead_head_in_weights])
 def test_integrity_finds_broken_layers(break_it: Callable[[Any], None], audit: Auditing, tmp_path: Path) -> None:
     model = models.gpt2()
     with torch.no_grad():
@@ -370,3 +380,48 @@ def test_integrity_finds_broken_layers(break_it: Callable[[Any], None], audit: A
     row = audit("--model", models.save(model, tmp_path / "broken"), "-k", "integrity").row("weights/integrity")
     assert row["outcome"] == "fail"
     assert "4" in row["reason"]
+
+
+def _tiny_stream(model: Any) -> None:
+    model.transformer.wte.weight.mul_(1e-3)
+    model.transformer.wpe.weight.mul_(1e-3)
+
+
+def _large_mean(model: Any) -> None:
+    model.transformer.wte.weight.add_(1000.0)
+
+
+@pytest.mark.parametrize("change", [_tiny_stream, _large_mean])
+def test_theorems_hold_where_layernorm_sees_nothing_unusual(
+    change: Callable[[Any], None], audit: Auditing, tmp_path: Path
+) -> None:
+    model = models.random_model("gpt2")
+    with torch.no_grad():
+        change(model)
+    found = audit("--model", models.save(model, tmp_path / "odd"), "-m", "theorem")
+    assert not [row for row in found.rows if row["outcome"] in ("fail", "error")]
+
+
+def test_a_model_of_one_layer_leaves_no_room_for_growth(audit: Auditing, tmp_path: Path) -> None:
+    found = audit("--model", models.save(models.gpt2(1), tmp_path / "one"))
+    assert found.exit == 0 and set(found.outcomes().values()) == {"pass", "not_applicable"}
+    assert "no room for growth" in found.row("attention/ov_growth")["reason"]
+
+
+def test_scale_blindness_does_not_pass_over_nan() -> None:
+    from streamgauge.sublayers import DRAWS, _errors
+
+    assert np.isnan(_errors(torch.full((2 + DRAWS, 4), torch.nan))).all()
+    assert not _errors(torch.zeros((2 + DRAWS, 4))).any()
+
+
+def test_without_a_norm_scale_blindness_would_fail() -> None:
+    from streamgauge.model import build_bridge, probe_layout
+    from streamgauge.sublayers import measure_scale_blindness
+
+    bridge = build_bridge(models.random_model("gpt2"))
+    layout = probe_layout(bridge)
+    for block in bridge.blocks:
+        block.ln2.original_component.eps = 1e20  # divides by a constant
+    errors = measure_scale_blindness(bridge, layout, Prompts([[1, 2, 3, 4]], "test", 1))
+    assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

@@ -8,9 +8,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from reports.render import page, read_rows, render
 from reports.summary import summary
+from tests import models
 from tests.conftest import ROOT, Audit
 from tests.records import sound_record
 
@@ -155,3 +157,16 @@ def test_hostile_names_do_nothing_in_a_browser(rows: list[dict[str, Any]], brows
     tab.goto((folder / "report.html").as_uri())
     assert tab.locator("h2", has_text="<img src=x").count() == 1
     assert not tab.locator("img").count() and not dialogs
+
+
+def test_a_model_whose_stream_overflows_does_not_take_the_page_along(audit: Callable[..., Audit], tmp_path: Path) -> None:
+    model = models.random_model("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.mul_(1e21)
+    sound = models.save(models.random_model("llama"), tmp_path / "sound")
+    found = audit("--model", models.save(model, tmp_path / "overflows"), "--model", sound)
+    assert found.exit == 1 and "Traceback" not in found.output
+    assert "first in" in next(
+        r["reason"] for r in found.rows if r["model"] == "overflows" and r["law"] == "residual/growth_rate"
+    )
+    assert "overflows" in (tmp_path / "report" / "report.html").read_text()

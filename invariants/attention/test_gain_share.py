@@ -20,7 +20,7 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_gain_share(record: Record, band: Band, check) -> None:
     record.require_pre_norm()
-    folded, raw = (_by_layer(record.array(f"weights/{name}")) for name in ("W_OV_frobenius", "W_OV_raw_frobenius"))
+    folded, raw = (record.array(f"weights/{name}").mean(1) for name in ("W_OV_frobenius", "W_OV_raw_frobenius"))
     window = measured_window(folded[:, None], band.window)
     slope = layer_slope(folded, window)
     if not slope > 0:
@@ -28,7 +28,3 @@ def test_gain_share(record: Record, band: Band, check) -> None:
     share = 1 - layer_slope(raw, window) / slope
     of = f"folded it grows by {np.exp(slope):.4f} a layer"
     check(share, within=replace(band, layers=window), what="share of the growth of ‖W_OV‖ that is the gain's", of=of)
-
-
-def _by_layer(norms: np.ndarray) -> np.ndarray:
-    return np.asarray(norms.reshape(len(norms), -1).mean(1))

@@ -18,8 +18,9 @@ from streamgauge.record import Record
 
 @pytest.mark.phenomenon
 def test_activation_rate(record: Record, band: Band, check) -> None:
-    fraction = record.text("neurons/activation_rate").mean(1).astype(float)
-    window = measured_window(fraction[:, None], band.window)
+    tokens = record.text("neurons/activation_rate")
+    window = measured_window(tokens, band.window)
+    fraction = tokens.mean(1).astype(float)
     rate = np.exp(layer_slope(fraction, window))
     of = f"{fraction[window[0]]:.3f} at layer {window[0]}, {fraction[window[1]]:.3f} at layer {window[1]}"
     check(rate, within=replace(band, layers=window), what="growth of the activation rate", unit="a layer", of=of)

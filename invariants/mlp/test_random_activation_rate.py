@@ -17,9 +17,10 @@ from streamgauge.record import Record
 
 @pytest.mark.phenomenon
 def test_random_activation_rate(record: Record, band: Band, check) -> None:
-    text = record.text("neurons/activation_rate").mean(1).astype(float)
+    tokens = record.text("neurons/activation_rate")
+    first, last = measured_window(tokens, band.window)
+    text = tokens.mean(1).astype(float)
     random = record.array("random_input/mlp_activation_rate")
-    first, last = measured_window(text[:, None], band.window)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.exp(np.log(random / text)[first : last + 1].mean())
     of = f"mean of {record.count_text}"

@@ -18,9 +18,10 @@ from streamgauge.record import Record
 
 @pytest.mark.phenomenon
 def test_resampled_activation_rate(record: Record, band: Band, check) -> None:
-    text = record.text("neurons/activation_rate").mean(1).astype(float)
+    tokens = record.text("neurons/activation_rate")
+    first, last = measured_window(tokens, band.window)
+    text = tokens.mean(1).astype(float)
     resampled, random = (record.array(f"random_input/{name}_activation_rate") for name in ("resampled", "mlp"))
-    first, last = measured_window(text[:, None], band.window)
     layers = slice(first, last + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         place = np.log(resampled / text)[layers].mean() / np.log(random / text)[layers].mean()

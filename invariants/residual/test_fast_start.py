@@ -18,6 +18,7 @@ BLOCKS = 2
 @pytest.mark.phenomenon
 def test_fast_start(record: Record, band: Band, check) -> None:
     resid = record.text_resid
+    record.require_text()
     if len(resid) <= BLOCKS or np.isnan(resid[[0, BLOCKS]]).all(1).any():
         raise NotApplicable(f"layers 0 and {BLOCKS} are not covered by this record")
     with np.errstate(divide="ignore", invalid="ignore"):

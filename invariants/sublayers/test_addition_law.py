@@ -1,7 +1,8 @@
 """Norms add up by the law of cosines: what a block does to the norm follows from its outputs' norms and inner products.
 
 ‖resid_post‖² = ‖resid_pre‖² + ‖attn_out‖² + ‖mlp_out‖² + 2 resid_pre·attn_out + 2 resid_mid·mlp_out for each token and layer;
-in a parallel block the last is 2 resid_pre·mlp_out + 2 attn_out·mlp_out. Divided by the square of the three norms' sum.
+in a parallel block the last is 2 resid_pre·mlp_out + 2 attn_out·mlp_out. Divided by the sum of the three norms, times that
+of the three raw vectors.
 Source: Heimersheim and Turner 2023, appendix 2, σ²(a+b) = σ_a² + σ_b² + 2ρσ_aσ_b, for vectors of mean 0.
 Applies to: every block that only adds to the stream, sequential or parallel.
 """
@@ -22,9 +23,9 @@ def test_addition_law(record: Record, check) -> None:
     products = pre_attn + mid_mlp
     if record.metadata["parallel"]:
         products += record.array("sublayers/attn_dot_mlp")
-    error = np.abs(post**2 - pre**2 - attn**2 - mlp**2 - 2 * products) / np.maximum(
-        (pre + attn + mlp) ** 2, np.finfo(float).tiny
-    )
+    # Rounding is relative to the raw vectors, whose mean the convention takes away.
+    size = (pre + attn + mlp) * record.array("sublayers/raw_norm")
+    error = np.abs(post**2 - pre**2 - attn**2 - mlp**2 - 2 * products) / np.maximum(size, np.finfo(float).tiny)
     layer = int(error.max(1).argmax())
     d_model = record.metadata["d_model"]
     rounding = below(
