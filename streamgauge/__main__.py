@@ -42,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the record, FILE.safetensors")
     measuring.add_argument("--revision", help="a branch, tag or commit of a hub repository")
     measuring.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
+    measuring.add_argument(
+        "--horizons",
+        choices=["default", "all"],
+        default="default",
+        help="variants of the layer horizon (default: the published)",
+    )
     measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
 
@@ -72,7 +78,9 @@ def _measure(options: argparse.Namespace) -> None:
         name = known.folder or known.hub
     elif not Path(name).exists() and "/" not in name:
         raise UnknownModelError(f"no model is called {name!r}; the nearest catalogued names are {catalogue.nearest(name)}.")
-    record = measure(name, revision=options.revision, prompts=options.prompts, device=options.device, show=True)
+    record = measure(
+        name, revision=options.revision, prompts=options.prompts, device=options.device, horizons=options.horizons, show=True
+    )
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
 

@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
+from streamgauge.horizon import Variant, variants_of
 from streamgauge.prompts import Prompts, prompts_for, read_prompts
 from streamgauge.record import Record
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
-GROUPS = {"stream": 1, "weights": 2, "neurons": 1, "sublayers": 1, "random_input": 1, "padding": 1}
+GROUPS = {
+    "stream": 1,
+    "weights": 3,
+    "neurons": 1,
+    "sublayers": 1,
+    "random_input": 1,
+    "padding": 1,
+    "horizon": 1,
+    "sublayer_effect": 1,
+}
 
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
 
@@ -24,12 +34,14 @@ def measure(
     revision: str | None = None,
     prompts: Path | None = None,
     device: str = "cpu",
+    horizons: str = "default",
     known: Record | None = None,
     show: bool = False,
 ) -> Record:
     """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`.
 
-    prompts: a file with one prompt a line instead of the built-in set. known: an earlier record of the same checkpoint and
+    prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of the layer horizon that are
+    tried, `default` or `all` (see `streamgauge.horizon`). known: an earlier record of the same checkpoint and
     prompts, whose groups are taken over where they are as this instrument would measure them. show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
 
@@ -39,11 +51,11 @@ def measure(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
     texts = read_prompts(prompts)
-    return _measure(checkpoint, texts, built_in=prompts is None, device=device, known=known, show=show)
+    return _measure(checkpoint, texts, built_in=prompts is None, device=device, horizons=horizons, known=known, show=show)
 
 
 def _measure(
-    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, known: Record | None, show: bool
+    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, horizons: str, known: Record | None, show: bool
 ) -> Record:
     from streamgauge import model as opening
     from streamgauge import weights
@@ -67,8 +79,9 @@ def _measure(
         metadata["failed"] = dict.fromkeys(GROUPS, reason)
     else:
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
-        kept = _kept(known, metadata["prompts_sha256"])
-        found = _measure_groups(bridge, layout, rows, [name for name in GROUPS if name not in kept], show)
+        kept = _kept(known, metadata["prompts_sha256"], horizons)
+        wanted = [name for name in GROUPS if name not in kept]
+        found = _measure_groups(bridge, layout, rows, wanted, variants_of(horizons, layout.n_layers), show)
         if known is not None:
             arrays = _take_over(known, kept, metadata)
         for group, (values, absent) in found.items():
@@ -80,21 +93,32 @@ def _measure(
     return Record(arrays, metadata)
 
 
-def is_current(record: Record) -> bool:
+def current_groups(record: Record, horizons: str) -> list[str]:
+    """The groups that are as this instrument would measure them."""
+    current = [name for name, version in GROUPS.items() if record.groups.get(name) == version]
+    tried = [f"horizon/loss.{variant.name}" for variant in variants_of(horizons, record.n_layers)]
+    if "horizon/k" in record.arrays and not set(tried) <= set(record.arrays):
+        current.remove("horizon")
+    return current
+
+
+def is_current(record: Record, horizons: str = "default") -> bool:
     """Whether every group is as this instrument would measure it."""
-    return all(record.groups.get(name) == version for name, version in GROUPS.items())
+    return current_groups(record, horizons) == list(GROUPS)
 
 
-def _kept(known: Record | None, prompts_sha256: str) -> list[str]:
+def _kept(known: Record | None, prompts_sha256: str, horizons: str) -> list[str]:
     """The groups of an earlier record that need not be measured again."""
     if known is None or known.metadata.get("prompts_sha256") != prompts_sha256:
         return []
-    return [name for name, version in GROUPS.items() if known.groups.get(name) == version]
+    return current_groups(known, horizons)
 
 
-def _measure_groups(bridge: Any, layout: Any, rows: Prompts, wanted: list[str], show: bool) -> dict[str, Found]:
+def _measure_groups(
+    bridge: Any, layout: Any, rows: Prompts, wanted: list[str], variants: list[Variant], show: bool
+) -> dict[str, Found]:
     """Each wanted group; the model is run over the prompts only for groups that need it."""
-    from streamgauge import forward, neurons, padding, random_input, stream, sublayers, weights
+    from streamgauge import forward, horizon, neurons, padding, random_input, stream, sublayer_effect, sublayers, weights
 
     meters: dict[str, Any] = {
         "stream": stream.StreamMeter(layout),
@@ -114,6 +138,10 @@ def _measure_groups(bridge: Any, layout: Any, rows: Prompts, wanted: list[str], 
         found["random_input"] = random_input.measure_random_input(bridge, layout, meters["neurons"].early_inputs, no_heads)
     if "padding" in wanted:
         found["padding"] = padding.measure_padding(bridge, layout, rows)
+    if "horizon" in wanted:
+        found["horizon"] = horizon.measure_horizon(bridge, layout, rows, variants, show)
+    if "sublayer_effect" in wanted:
+        found["sublayer_effect"] = sublayer_effect.measure_sublayer_effect(bridge, layout, rows)
     return found
 
 

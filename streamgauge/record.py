@@ -16,6 +16,8 @@ stream/prompt, position     (n_tok,)            which prompt, and where in it
 stream/is_bos, is_padding   (n_tok,)            booleans
 weights/W_OV_frobenius      (n_layers, n_heads) Frobenius norm of W_V W_O, in the convention
 weights/W_OV_spectral       (n_layers, n_heads) largest singular value of the same
+weights/W_QK_frobenius      (n_layers, n_heads) Frobenius norm of W_Q W_K^T, W_QK_spectral its largest singular value; the part
+                                                without positions where these are rotary
 weights/W_OV_raw_frobenius  (n_layers, n_heads) Frobenius norm without gain and centring, as the file has it
 weights/W_Q, W_O            (n_layers, n_heads) Frobenius norms by head; W_Q_raw and so on as the file has them
 weights/W_K, W_V            (n_layers, n_kv)    likewise, of the heads that the file has
@@ -36,6 +38,14 @@ random_input/mlp_norm       (n_layers,)         mean norm of the MLP's output fo
 random_input/resampled_norm (n_layers,)         the same for resid_mid of positions 1 to 6, each coordinate drawn by itself
 random_input/…_error        (n_layers,)         standard errors of these three; …_samples: how many vectors it took
 random_input/mlp_activation_rate (n_layers,)    activation rate on the Gaussian inputs; resampled_activation_rate likewise
+horizon/k                   (n_k,)              layer horizons that were tried
+horizon/loss.VARIANT        (n_k, n_rows)       loss of each prompt at each horizon, nats a token (see `streamgauge.horizon`)
+horizon/clean_loss, tokens  (n_rows,)           loss of each prompt as the model runs it; how many tokens were predicted
+sublayer_effect/attn_kl     (n_layers, n_pred)  KL(full ‖ without attn_out), for each prediction; mlp_kl likewise, nats
+sublayer_effect/attn_loss   (n_layers, n_pred)  change of loss; attn_frozen_kl and so on: the last norm's scale kept
+sublayer_effect/attn_share  (n_layers, n_pred)  attn_out·final / ‖final‖², the part of the final residual
+sublayer_effect/attn_size   (n_layers, n_pred)  ‖attn_out‖ over the scale that the last norm divides the final residual by
+sublayer_effect/largest_row (1,)                largest norm of a row of the unembedding, the last norm's gain folded in
 padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
 ==========================  ==================  =======================================================
 
@@ -60,9 +70,9 @@ STREAM = (
     "prompt position is_bos is_padding"
 )
 WEIGHTS = (
-    "W_OV_frobenius W_OV_spectral W_OV_raw_frobenius W_Q W_K W_V W_O W_in W_gate W_out W_Q_raw W_K_raw W_V_raw W_O_raw "
-    "W_in_raw W_gate_raw W_out_raw b_Q b_K b_O b_in b_gate b_out b_Q_raw b_K_raw b_V_raw b_O_raw b_in_raw b_gate_raw "
-    "b_out_raw W_in_W_out b_in_W_out ln1_gain ln2_gain"
+    "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O W_in W_gate W_out "
+    "W_Q_raw W_K_raw W_V_raw W_O_raw W_in_raw W_gate_raw W_out_raw b_Q b_K b_O b_in b_gate b_out b_Q_raw b_K_raw b_V_raw "
+    "b_O_raw b_in_raw b_gate_raw b_out_raw W_in_W_out b_in_W_out ln1_gain ln2_gain"
 )
 OTHERS = {
     "neurons": "activation_rate singular_values",
@@ -70,6 +80,9 @@ OTHERS = {
     "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",
+    "horizon": "k clean_loss tokens loss.dropped.recomputed.mean.everywhere",
+    "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size mlp_kl mlp_loss mlp_frozen_kl "
+    "mlp_frozen_loss mlp_share mlp_size largest_row",
 }
 ARRAYS = [f"{g}/{name}" for g, names in ({"stream": STREAM, "weights": WEIGHTS} | OTHERS).items() for name in names.split()]
 FIRST_INSTRUMENT = {"stream": 1, "weights": 1}  # what records hold that do not say

@@ -43,7 +43,9 @@ class Store:
         """Make the folder and see that it can be written. Raises StoreError."""
         prepare_folder(self.folder, "the store", "--store")
 
-    def record(self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, show: bool = False) -> Record:
+    def record(
+        self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, horizons: str = "default", show: bool = False
+    ) -> Record:
         """The stored record of this very checkpoint, or a new one, measured and stored.
 
         A damaged one is measured again; one of an older instrument is measured again where that is out of date.
@@ -55,9 +57,9 @@ class Store:
                 known = Record.load(path)
             except RecordError:
                 path.unlink(missing_ok=True)
-        if known is not None and is_current(known):
+        if known is not None and is_current(known, horizons):
             return known
-        record = measure(checkpoint, prompts=prompts, device=device, known=known, show=show)
+        record = measure(checkpoint, prompts=prompts, device=device, horizons=horizons, known=known, show=show)
         if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         record.save(path)

@@ -18,6 +18,7 @@ GATED = ("W_gate", "W_gate_raw", "b_gate", "b_gate_raw")
 UNGATED = ("W_in_W_out", "b_in_W_out")
 EXPERTS = "the MLP is not one dense layer into another (a mixture of experts)"
 GATED_MLP = "the MLP is gated, so nothing flows through W_in W_out alone"
+QK_NORM = "queries and keys are normalised before they meet, so W_Q W_K^T is not what scores are made by"
 UNGATED_MLP = "the MLP has no gate"
 
 
@@ -90,6 +91,8 @@ def measure_weights(bridge: Any, layout: Layout) -> tuple[dict[str, np.ndarray],
     else:
         missing, reason = (UNGATED, GATED_MLP) if "W_gate" in arrays else (GATED, UNGATED_MLP)
         absent = dict.fromkeys(missing, reason)
+    if "W_QK_frobenius" not in arrays:
+        absent |= dict.fromkeys(["W_QK_frobenius", "W_QK_spectral"], QK_NORM)
     return arrays, absent
 
 
@@ -111,7 +114,16 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     readings |= {"b_V_raw": norm(b_V), "b_O_raw": norm(b_O), "b_O": norm(centre(b_O_folded) if layout.centres else b_O_folded)}
     frobenius, spectral = ov_norms(expand_heads(folded["W_V"], n_heads), folded["W_O"])
     raw_frobenius, _ = ov_norms(expand_heads(raw["W_V"], n_heads), raw["W_O"])
-    return readings | {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral, "W_OV_raw_frobenius": raw_frobenius}
+    readings |= {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral, "W_OV_raw_frobenius": raw_frobenius}
+    if not has_qk_norm(attn):
+        keys = expand_heads(folded["W_K"], n_heads).swapaxes(-1, -2)
+        readings["W_QK_frobenius"], readings["W_QK_spectral"] = ov_norms(folded["W_Q"], keys)
+    return readings
+
+
+def has_qk_norm(attn: Any) -> bool:
+    """Whether queries and keys are normalised before they meet, so that scores are not bilinear in the stream."""
+    return bool({"q_norm", "k_norm"} & set(attn.submodules))
 
 
 def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:

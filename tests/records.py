@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.horizon import DEFAULT
 from streamgauge.record import Record
 
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
@@ -82,7 +83,20 @@ def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np
         "random_input/resampled_activation_rate": 2 * firing,
         "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
     }  # fmt: skip
-    return {f"weights/{name}": values for name, values in weights.items()} | others
+    return {f"weights/{name}": values for name, values in weights.items()} | others | _depth(n_layers)
+
+
+def _depth(n_layers: int) -> dict[str, np.ndarray]:
+    """A horizon of half the depth, and sublayers whose removal costs a tenth of what it could."""
+    k = np.append(np.arange(0, n_layers + 1, 2), n_layers + 1).astype(np.int32)
+    rows = np.linspace(0.9, 1.1, PROMPTS)
+    loss = 3 + np.outer(np.maximum(4 * (1 - 2 * k / n_layers), 0) + 0.01 * (1 - k / (n_layers + 1)), rows)
+    size = np.full((n_layers, 20), 0.5)
+    effects = {f"{kind}_size": size for kind in ("attn", "mlp")} | {f"{kind}_frozen_kl": 0.1 * size for kind in ("attn", "mlp")}
+    return {
+        "horizon/k": k, f"horizon/loss.{DEFAULT.name}": loss, "horizon/clean_loss": np.full(PROMPTS, 3.0),
+        "horizon/tokens": np.full(PROMPTS, LENGTH - 1, np.int32), "sublayer_effect/largest_row": np.array([2.0]),
+    } | {f"sublayer_effect/{name}": values for name, values in effects.items()}  # fmt: skip
 
 
 def sound_xl() -> Record:

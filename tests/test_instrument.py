@@ -119,6 +119,12 @@ def test_agrees_with_compatibility_mode(name: str) -> None:
         dense = W_V.repeat_interleave(len(W_O) // len(W_V), 0) @ W_O
         np.testing.assert_allclose(weights["W_OV_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6)
         np.testing.assert_allclose(weights["W_OV_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6)
+        if "W_QK_spectral" in weights:
+            W_Q, W_K = block.attn.W_Q.detach().double(), block.attn.W_K.detach().double()
+            dense = W_Q @ W_K.repeat_interleave(len(W_Q) // len(W_K), 0).transpose(1, 2)
+            np.testing.assert_allclose(weights["W_QK_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6)
+            np.testing.assert_allclose(weights["W_QK_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6)
+    assert ("W_QK_spectral" in weights) == (name not in ("qwen3", "gemma3"))
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)

@@ -11,6 +11,7 @@ import torch
 import streamgauge
 from fixtures import catalogue
 from streamgauge import checkpoint as checkpoints
+from streamgauge.horizon import DEFAULT
 from streamgauge.laws import laws
 from streamgauge.prompts import Prompts
 from streamgauge.record import Record
@@ -125,6 +126,8 @@ OWN_BANDS = [
     {"law": "mlp/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 0.5, "source": "the test's own"},
 ]
 
+LOSS = f"horizon/loss.{DEFAULT.name}"
+
 # Law, the model the record says it was made from (it chooses the band), what is wrong with it.
 CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("residual/growth_rate", "shrinking", lambda: sound_record(0.99)),
@@ -198,6 +201,15 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
         _of("pythia-160m", "weights/W_in_raw", lambda x: np.append(x[:-1], 1.2)),
     ),
     ("weights/embedding_norm", "pythia-70m", lambda: sound_record(n_layers=6)),
+    ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.where(np.arange(len(x))[:, None] < len(x) - 1, x + 1, x))),
+    ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.full_like(x, 3.0))),
+    ("depth/layer_horizon", "gpt2", lambda: sound_record(n_layers=12)),
+    ("depth/loss_falls_with_horizon", "gpt2-xl", _xl(LOSS, _backwards)),
+    ("depth/loss_falls_with_horizon", "gpt2-xl", _xl(LOSS, _with_nan)),
+    ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/mlp_out", _backwards)),
+    ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/attn_out", _flat)),
+    ("depth/effect_bound", "effect-of-nothing", _of("any", "sublayer_effect/mlp_size", lambda x: 0 * x)),
+    ("depth/effect_bound", "not-a-number", _of("any", "sublayer_effect/attn_frozen_kl", _with_nan)),
 ]
 
 
@@ -229,8 +241,8 @@ def test_laws_hold_on_a_sound_record(name: str, bend: float, audit: Auditing, tm
     sound_record(model=name, bend=bend).save(tmp_path / f"{name}.safetensors")
     outcomes = audit("--record", tmp_path / f"{name}.safetensors").outcomes()
     broken = {law for law, outcome in outcomes.items() if outcome in ("fail", "error")}
-    # These bands of gpt2's are for gpt2's own weights.
-    assert broken == ({"attention/ov_growth", "residual/fast_start"} if name == "gpt2" else set())
+    # These bands are for the weights of gpt2 itself, of which it is claimed that it has no horizon.
+    assert broken == ({"attention/ov_growth", "residual/fast_start", "depth/layer_horizon"} if name == "gpt2" else set())
 
 
 def test_all_that_is_claimed_of_gpt2_xl_holds_on_a_record_made_so(audit: Auditing, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
 
 def test_laws_that_need_weights_are_not_applicable(audit: Auditing) -> None:
     rows = [r for r in audit("-k", "gpt2-xl and weights", "--published").rows if r["law"] != "weights/embedding_norm"]
-    assert len(rows) == 12
+    assert len(rows) == 16
     assert all(r["outcome"] == "not_applicable" and r["reason"].startswith("no weights") for r in rows)
 
 
@@ -42,6 +42,13 @@ def test_mlps_of_four_pythias_do_as_published(audit: Auditing) -> None:
     np.testing.assert_allclose(read, [0.93, 0.95, 1.01, 0.99], atol=5e-3)
     assert all(values[f"pythia-{size}:activation-rate", "mlp/activation_rate"] > 1.1 for size in ("70m", "160m", "410m", "1b"))
     assert values["pythia-70m:rms", "weights/embedding_norm"] == pytest.approx(0.689, abs=5e-4)
+
+
+def test_gpt2_xl_has_a_layer_horizon_as_published(audit: Auditing) -> None:
+    rows = {r["law"]: r for r in audit("-k", "gpt2-xl and depth", "--published").rows if r["model"] == "gpt2-xl:layer-horizon"}
+    assert rows["depth/layer_horizon"]["outcome"] == "pass"
+    assert rows["depth/layer_horizon"]["value"] == pytest.approx(29.2, abs=0.1)  # 3.26 at 28, 3.23 at 30, 3.1418 clean
+    assert rows["depth/loss_falls_with_horizon"]["outcome"] == "pass"
 
 
 def test_gpt2s_output_bias_and_components_are_as_published(audit: Auditing) -> None:

@@ -1,0 +1,198 @@
+"""Horizons and sublayer effects agree with a slow reference that patches plain Hugging Face modules by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamgauge.forward import run_prompts
+from streamgauge.horizon import CleanRun, MeanMeter, Variant, all_variants, default_grid, measure_horizon, truncated_loss
+from streamgauge.model import build_bridge, probe_layout
+from streamgauge.prompts import Prompts
+from streamgauge.sublayer_effect import STRIDE, measure_sublayer_effect
+from tests import models
+
+ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
+NAMES = ["gpt2", "gpt-neox-parallel", "gpt-j", "llama", "gemma2", "opt"]
+
+
+class ByHand:
+    """A model whose block inputs are replaced through plain forward hooks; every layer is run every time."""
+
+    def __init__(self, name: str) -> None:
+        self.model = models.random_model(name)
+        self.blocks = list(self.model.get_submodule(models.ARCHITECTURES[name].blocks))
+        self.ids = torch.tensor(ROWS)
+        self.embedding, self.outputs = self._run(lambda layer, x: x, lambda x: x)[:2]
+        means = [self._mean(x) for x in [self.embedding, *self.outputs]]
+        self.mean_embedding, self.mean_outputs = means[0], means[1:]
+
+    @staticmethod
+    def _mean(x: torch.Tensor) -> torch.Tensor:
+        mean = torch.zeros_like(x)
+        mean[:, 0], mean[:, 1:] = x[:, 0].mean(0), x[:, 1:].mean((0, 1))
+        return mean
+
+    def _run(self, change: Any, at_end: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Embedding, outputs of all blocks, logits; block inputs go through `change`, the last output through `at_end`."""
+        inputs: list[torch.Tensor] = []
+        self.written: list[torch.Tensor] = []
+        first: list[torch.Tensor] = []
+        handles = []
+        for layer, block in enumerate(self.blocks):
+
+            def before(module: Any, args: Any, kwargs: Any, layer: int = layer) -> Any:
+                x = args[0] if args else kwargs["hidden_states"]
+                if layer == 0:
+                    first.append(x.clone())
+                x = change(layer, x)
+                inputs.append(x.clone())
+                return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+
+            def after(module: Any, args: Any, output: Any, layer: int = layer) -> Any:
+                x = output[0] if isinstance(output, tuple) else output
+                self.written.append(x - inputs[layer])
+                if layer < len(self.blocks) - 1:
+                    return None
+                x = at_end(x)
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(block.register_forward_hook(after))
+        with torch.no_grad():
+            logits = self.model(self.ids, use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        return first[0], self.written, logits
+
+    def loss(self, variant: Variant, k: int) -> np.ndarray:
+        """Loss at a horizon, straight from the definition."""
+        depth = len(self.blocks)
+
+        def stream(layer: int, outputs: list[torch.Tensor]) -> torch.Tensor:
+            within = sum(outputs[max(layer - k, 0) : layer], torch.zeros_like(self.embedding))
+            gone = sum(self.mean_outputs[: max(layer - k, 0)], torch.zeros_like(self.embedding))
+            embedding = self.embedding if variant.embedding == "kept" else self.mean_embedding * (variant.fill == "mean")
+            return within + embedding + gone * (variant.fill == "mean")
+
+        def is_cut(layer: int) -> bool:
+            if variant.reach == "final":
+                return layer == depth
+            return layer >= max(k, variant.first)
+
+        def change(layer: int, x: torch.Tensor) -> torch.Tensor:
+            if not is_cut(layer):
+                return self.embedding + sum(self.written, torch.zeros_like(x))
+            return stream(layer, self.outputs if variant.streams == "clean" else self.written)
+
+        def at_end(x: torch.Tensor) -> torch.Tensor:
+            return stream(depth, self.written) if is_cut(depth) else self.embedding + sum(self.written, torch.zeros_like(x))
+
+        logits = self._run(change, at_end)[2].double()
+        odds = logits[:, :-1].log_softmax(-1).gather(2, self.ids[:, 1:, None])[..., 0]
+        return -odds.mean(1).numpy()
+
+
+def _measured(name: str) -> tuple[Any, Any, Prompts]:
+    bridge = build_bridge(models.random_model(name))
+    return bridge, probe_layout(bridge), Prompts(ROWS, "test", 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_agrees_with_patching_by_hand(name: str) -> None:
+    bridge, layout, prompts = _measured(name)
+    variants = all_variants(first=2)
+    arrays, absent = measure_horizon(bridge, layout, prompts, variants)
+    assert not absent
+    by_hand = ByHand(name)
+    np.testing.assert_allclose(arrays["clean_loss"], by_hand.loss(Variant(), layout.n_layers + 1), rtol=1e-5)
+    for variant in variants:
+        for number, k in enumerate(arrays["k"]):
+            found = arrays[f"loss.{variant.name}"][number]
+            np.testing.assert_allclose(found, by_hand.loss(variant, int(k)), rtol=1e-4, err_msg=f"{name} {variant.name} {k}")
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@torch.no_grad()
+def test_a_horizon_as_deep_as_the_model_is_the_model(name: str) -> None:
+    bridge, layout, prompts = _measured(name)
+    means = MeanMeter(layout)
+    run_prompts(bridge, prompts, [means], show=False)
+    run = CleanRun(bridge, layout, ROWS)
+    for variant in all_variants(first=1):
+        if variant.embedding == "kept":
+            loss = truncated_loss(bridge, run, variant, layout.n_layers, means.streams())
+            np.testing.assert_array_equal(loss, run.loss, err_msg=variant.name)
+
+
+def test_the_default_grid_costs_less_than_eight_forward_passes() -> None:
+    for n_layers in (1, 2, 6, 12, 16, 48, 80):
+        grid = default_grid(n_layers)
+        assert grid[0] == 0 and grid[-2:] == [n_layers, n_layers + 1]
+        assert sum(max(0, 1 - k / n_layers) for k in grid) <= 7.51
+
+
+FINAL = {"gpt2": ("transformer.ln_f", "lm_head"), "gpt-neox-parallel": ("gpt_neox.final_layer_norm", "lm_head"),
+         "gpt-j": ("transformer.ln_f", "lm_head"), "llama": ("model.norm", "lm_head"), "gemma2": ("model.norm", "lm_head"),
+         "opt": ("model.decoder.final_layer_norm", "lm_head")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_sublayer_effect_agrees_with_full_logits(name: str) -> None:
+    bridge, layout, prompts = _measured(name)
+    found, absent = measure_sublayer_effect(bridge, layout, prompts)
+    assert not absent
+    model = models.random_model(name)
+    norm, head = (model.get_submodule(part) for part in FINAL[name])
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    final: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda module, args: final.append(args[0].clone()))
+    outputs = models.reference_outputs(model, name, torch.tensor(ROWS))
+    ids = torch.tensor(ROWS)
+
+    chosen = torch.arange(0, ids.shape[1] - 1, STRIDE)
+
+    def predictions(normalised: torch.Tensor) -> torch.Tensor:
+        logits = head(normalised)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return logits[:, chosen].double().log_softmax(-1)
+
+    clean = final[0]
+    full = predictions(norm(clean))
+    centred = clean - clean.mean(-1, keepdim=True) if layout.centres else clean
+    scale = (centred.double().square().mean(-1, keepdim=True) + layout.epsilon).sqrt()
+    for (kind, layer), output in outputs.items():
+        without = predictions(norm(clean - output))
+        kl = (full.exp() * (full - without)).sum(-1).reshape(-1)
+        loss = (full - without).gather(2, ids[:, chosen + 1, None]).reshape(-1)
+        np.testing.assert_allclose(found[f"{kind}_kl"][layer], kl, atol=1e-5, err_msg=f"{name} {kind} {layer}")
+        np.testing.assert_allclose(found[f"{kind}_loss"][layer], loss, atol=1e-5)
+        # Frozen: the norm's own arithmetic on an input whose size the last coordinates cannot change.
+        own = output - output.mean(-1, keepdim=True) if layout.centres else output
+        gained = norm(clean) - norm(torch.zeros_like(clean))
+        frozen = predictions(norm(clean) - torch.where(centred != 0, gained / centred, 0) * own)
+        np.testing.assert_allclose(
+            found[f"{kind}_frozen_kl"][layer], (full.exp() * (full - frozen)).sum(-1).reshape(-1), atol=1e-4
+        )
+        np.testing.assert_allclose(
+            found[f"{kind}_size"][layer], (own.double().norm(dim=-1) / scale[..., 0])[:, chosen].reshape(-1), rtol=1e-5
+        )
+    shares = sum(found[f"{kind}_share"].sum(0) for kind in ("attn", "mlp"))
+    embedding = clean - sum(outputs.values())
+    embedding = embedding - embedding.mean(-1, keepdim=True) if layout.centres else embedding
+    rest = ((embedding * centred).sum(-1) / centred.square().sum(-1))[:, chosen].reshape(-1)
+    np.testing.assert_allclose(shares + rest.numpy(), 1, atol=1e-5)
+
+
+@torch.no_grad()
+def test_taking_out_a_sublayer_that_writes_nothing_changes_nothing() -> None:
+    model = models.random_model("gpt2")
+    model.transformer.h[1].mlp.c_proj.weight.zero_()
+    model.transformer.h[1].mlp.c_proj.bias.zero_()
+    bridge = build_bridge(model)
+    found, _ = measure_sublayer_effect(bridge, probe_layout(bridge), Prompts(ROWS, "test", 1))
+    for name in ("mlp_kl", "mlp_loss", "mlp_frozen_kl", "mlp_frozen_loss", "mlp_share", "mlp_size"):
+        np.testing.assert_array_equal(found[name][1], 0, err_msg=name)
+        assert (found[name][[0, 2]] != 0).all()
