@@ -1,5 +1,6 @@
 """The figures of one model, from its record and the rows about it: those of the post that the laws are from, and a few more."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ Rows = dict[str, Row]
 GROWTH = "residual/growth_rate"
 HISTOGRAMS = 6  # layers whose histogram is drawn
 BINS = 60
+PUBLISHED = "dropped.recomputed.mean.everywhere"  # the variant of the layer horizon that was published
+FILLS = {"W_OV": "rgba(148,103,189,0.2)", "W_QK": "rgba(31,119,180,0.2)"}
 
 
 def figures(rows: list[Row]) -> list[Figure]:
@@ -272,6 +275,70 @@ def _weights(arrays: Arrays, rows: Rows) -> Figure | None:
     return figure("Reading and writing matrices", data, read, laws, y="norm", log=True)
 
 
+def _horizon(arrays: Arrays, rows: Rows) -> Figure | None:
+    if "horizon/k" not in arrays:
+        return None
+    tokens = arrays["horizon/tokens"]
+    mean = {
+        name.removeprefix("horizon/loss."): values @ tokens / tokens.sum()
+        for name, values in arrays.items()
+        if name.startswith("horizon/loss.")
+    }
+    k = arrays["horizon/k"]
+    data = [
+        line(k, loss, name, BLUE, visible=True) if name == PUBLISHED else line(k, loss, name, colour, visible="legendonly")
+        for (name, loss), colour in zip(mean.items(), itertools.cycle((ORANGE, GREEN, RED, PURPLE, BROWN, GREY)), strict=False)
+    ]
+    clean = float(arrays["horizon/clean_loss"] @ tokens / tokens.sum())
+    read = (
+        "Loss when layers read the last k layers' outputs alone. Dotted: the model as it is. Names of variants say whether the "
+        "embedding is kept, whether errors compound, what fills in for what is left out, and where; click one to see it."
+    )
+    made = figure("Layer horizon", data, read, ["depth/layer_horizon", "depth/loss_falls_with_horizon"], y="loss, nats a token")
+    made["layout"]["xaxis"]["title"]["text"] = "layers back that can be read"
+    dotted = {"color": "#7f7f7f", "dash": "dot", "width": 1}
+    made["layout"]["shapes"] = [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": clean, "y1": clean, "line": dotted}]
+    return made
+
+
+def _effects(arrays: Arrays, rows: Rows) -> Figure | None:
+    if "sublayer_effect/attn_kl" not in arrays:
+        return None
+    names = (("attn", ORANGE), ("mlp", GREEN))
+    data = [by_layer(arrays[f"sublayer_effect/{kind}_kl"].mean(1), f"without {kind}_out", colour) for kind, colour in names]
+    data += [
+        by_layer(arrays[f"sublayer_effect/{kind}_frozen_kl"].mean(1), f"{kind}_out, scale kept", colour, line={"dash": "dot"})
+        for kind, colour in names
+    ]
+    laws = ["depth/effect_bound", "depth/update_norms_rise"]
+    read = (
+        "How far predictions move, KL(full ‖ without), when one sublayer's output is taken out of the final residual; dotted "
+        "with the last norm dividing by what it divides the full residual by."
+    )
+    return figure("What each sublayer is worth", data, read, laws, y="nats a token", log=True)
+
+
+def _spectral(arrays: Arrays, rows: Rows) -> Figure | None:
+    names = {"W_OV": PURPLE, "W_QK": BLUE}
+    found = {name: arrays[f"weights/{name}_spectral"] for name in names if f"weights/{name}_spectral" in arrays}
+    if not found:
+        return None
+    data = []
+    for name, norms in found.items():
+        data += [
+            *spread(norms.min(1), norms.max(1), f"σ₁({name}), all heads", FILLS[name]),
+            by_layer(norms.mean(1), f"σ₁({name}), mean over heads", names[name]),
+        ]
+        rank = (arrays[f"weights/{name}_frobenius"] / np.maximum(norms, np.finfo(float).tiny)) ** 2
+        data.append(by_layer(rank.mean(1), f"stable rank of {name}", names[name], line={"dash": "dot"}))
+    read = (
+        "Largest singular value of each head, and the stable rank, squared Frobenius over squared spectral norm. Where "
+        "positions are rotary, W_QK is the part of the scores without them."
+    )
+    return figure("Spectral norms of heads", data, read, ["attention/circuit_norms"], y="norm, or rank", log=True)
+
+
 FIGURES: tuple[Callable[[Arrays, Rows], Figure | None], ...] = (
     _stream, _histogram, _factors, _sublayers, _correlation, _heads, _random_mlp, _components, _activation, _hidden, _weights,
+    _horizon, _effects, _spectral,
 )  # fmt: skip

@@ -36,6 +36,7 @@ COVERED = {
     "weights: writing grows, reading does not": ["weights/writing_grows", "weights/reading_stays"],
     "weights: embedding norm": ["weights/embedding_norm"],
     "weights: integrity": ["weights/integrity", "weights/gains_vary"],
+    "attention: spectral trajectory": ["attention/circuit_norms"],
     "depth: layer horizon": ["depth/layer_horizon", "depth/loss_falls_with_horizon"],
     "depth: sublayer effect": ["depth/effect_bound"],
     "depth: update norms": ["depth/update_norms_rise"],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fixtures import catalogue
+from streamgauge.circuits import chance_of_ratio, norm_ratio
 from streamgauge.record import Record
 from tests.conftest import Audit
 
@@ -42,6 +43,21 @@ def test_mlps_of_four_pythias_do_as_published(audit: Auditing) -> None:
     np.testing.assert_allclose(read, [0.93, 0.95, 1.01, 0.99], atol=5e-3)
     assert all(values[f"pythia-{size}:activation-rate", "mlp/activation_rate"] > 1.1 for size in ("70m", "160m", "410m", "1b"))
     assert values["pythia-70m:rms", "weights/embedding_norm"] == pytest.approx(0.689, abs=5e-4)
+
+
+def test_circuits_of_gpt2_weigh_as_published() -> None:
+    norms = Record.load(catalogue.models()["gpt2"].published_path("58-prompts")).array("weights/W_OV_frobenius")
+    ratios = {circuit.task: norm_ratio(norms, circuit.heads) for circuit in catalogue.circuits("gpt2")}
+    assert {task: round(ratio, 3) for task, ratio in ratios.items()} == {"ioi": 1.019, "sva": 1.240}
+
+
+def test_chance_of_a_ratio() -> None:
+    norms = np.arange(12.0).reshape(3, 4) + 1
+    largest, last_layer = ((2, 3),), ((2, 0),)
+    assert chance_of_ratio(norms, largest, same_layers=False) == pytest.approx(1 / 12, abs=0.02)
+    assert chance_of_ratio(norms, largest, same_layers=True) == pytest.approx(1 / 4, abs=0.02)
+    assert chance_of_ratio(norms, last_layer, same_layers=True) == 1.0
+    assert norm_ratio(norms, largest) == pytest.approx(12 / 6)
 
 
 def test_gpt2_xl_has_a_layer_horizon_as_published(audit: Auditing) -> None:

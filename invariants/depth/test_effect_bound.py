@@ -8,7 +8,6 @@ Source: Hoeffding 1963, lemma 1; pythia_tools notes 2023 ask for the effect.
 Applies to: every model whose blocks only add to the stream.
 """
 
-import numpy as np
 import pytest
 
 from streamgauge.bands import below
