@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .across import horizon_and_growth
 from .figures import figures
 from .summary import summary
 
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 ORDER = ("fail", "error", "pass", "not_applicable")
 WORDS = {"pass": "holds", "fail": "fails", "error": "not measured", "not_applicable": "not applicable"}
 ANSWERS = ("attention/hard_coded_growth", "mlp/hard_coded_growth", "attention/gain_share", "mlp/gain_share")
+ACROSS = ""  # the model of a figure that is about all of them
 SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "not_applicable": "–"}
 
 
@@ -55,16 +57,20 @@ def page(rows: list[Row]) -> str:
     environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source, "answers": ANSWERS}
     models = list(dict.fromkeys(row["model"] for row in rows))
     answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
+    across = horizon_and_growth(rows)
+    drawn = {model: figures([row for row in rows if row["model"] == model]) for model in models}
     return environment.get_template("report.html").render(
         rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
         troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
         models=models,
         answered=answered,
+        ACROSS=ACROSS,
         laws=sorted({row["law"] for row in rows}),
         kinds=sorted({row["kind"] for row in rows}),
         cells={(row["model"], row["law"]): row for row in rows},
         counts={outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER},
-        figures={model: figures([row for row in rows if row["model"] == model]) for model in models},
+        across=across,
+        figures=drawn | ({ACROSS: [across]} if across else {}),
     )
 
 

@@ -1,11 +1,13 @@
 """Horizons and sublayer effects agree with a slow reference that patches plain Hugging Face modules by hand."""
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from streamgauge import horizon
 from streamgauge.forward import run_prompts
 from streamgauge.horizon import CleanRun, MeanMeter, Variant, all_variants, default_grid, measure_horizon, truncated_loss
 from streamgauge.model import build_bridge, probe_layout
@@ -196,3 +198,27 @@ def test_taking_out_a_sublayer_that_writes_nothing_changes_nothing() -> None:
     for name in ("mlp_kl", "mlp_loss", "mlp_frozen_kl", "mlp_frozen_loss", "mlp_share", "mlp_size"):
         np.testing.assert_array_equal(found[name][1], 0, err_msg=name)
         assert (found[name][[0, 2]] != 0).all()
+
+
+def test_memory_does_not_grow_with_the_number_of_horizons(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, layout, prompts = _measured("gpt2")
+    live: list[int] = []
+    row_losses = horizon.row_losses
+
+    def watched(logits: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)
+        }
+        live.append(sum(storages.values()))
+        return row_losses(logits, ids)
+
+    monkeypatch.setattr(horizon, "row_losses", watched)
+    peaks = []
+    for grid in ([1, 4], [0, 1, 1, 2, 2, 3, 3, 4]):
+        monkeypatch.setattr(horizon, "default_grid", lambda n_layers, grid=grid: grid)
+        live.clear()
+        measure_horizon(bridge, layout, prompts, [Variant()])
+        peaks.append(max(live))
+    one_stream = 4 * len(ROWS) * len(ROWS[0]) * layout.d_model
+    # Six more horizons do not keep six more streams; a horizon of 0 holds a stream more than one of 1.
+    assert peaks[1] - peaks[0] < 3 * one_stream

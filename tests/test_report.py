@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
+from reports.across import horizon_and_growth
 from reports.render import page, read_rows, render
 from reports.summary import summary
+from streamgauge.horizon import DEFAULT
 from tests import models
 from tests.conftest import ROOT, Audit
-from tests.records import sound_record
+from tests.records import replaced, sound_record
 
 HOSTILE = "<img src=x onerror=alert(1)>|`]</script>"
 SCHEMA = json.loads((ROOT / "reports" / "row.schema.json").read_text())
@@ -170,3 +173,19 @@ def test_a_model_whose_stream_overflows_does_not_take_the_page_along(audit: Call
         r["reason"] for r in found.rows if r["model"] == "overflows" and r["law"] == "residual/growth_rate"
     )
     assert "overflows" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_horizon_and_growth_are_compared_across_models(audit: Callable[..., Audit], tmp_path: Path) -> None:
+    for number, rate in enumerate((1.02, 1.03, 1.04, 1.05, 1.06)):
+        record = sound_record(rate)
+        k = record.array("horizon/k")
+        nearer = record.array(f"horizon/loss.{DEFAULT.name}") - 0.2 * number * (k < 8)[:, None]
+        replaced(record, {f"horizon/loss.{DEFAULT.name}": nearer}).save(tmp_path / f"model-{number}.safetensors")
+    audit(*(word for n in range(5) for word in ("--record", tmp_path / f"model-{n}.safetensors")))
+    figure = horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"]))
+    assert figure is not None
+    np.testing.assert_allclose(figure["data"][0]["x"], [1.02, 1.03, 1.04, 1.05, 1.06], rtol=1e-4)
+    assert figure["data"][0]["y"] == sorted(figure["data"][0]["y"], reverse=True)
+    assert "over 5 models is -1.00" in figure["read"]
+    assert "Across models" in (tmp_path / "report" / "report.html").read_text()
+    assert horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"])[:40]) is None
