@@ -56,13 +56,17 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
 
     The slope of log(norm[n+1] / norm[n]) against n + 1/2, log norms averaged over tokens first.
     """
-    from scipy.stats import linregress, t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     index, logs = _mean_log(norms, layers)
     if len(index) < 4:
         raise NotApplicable(f"layers {layers[0]} to {layers[1]} are too few to tell curvature from scatter")
-    fit = linregress((index[:-1] + index[1:]) / 2, np.diff(logs) / np.diff(index))
-    return float(fit.slope), float(t.isf(level, len(index) - 3) * fit.stderr)
+    x, rates = (index[:-1] + index[1:]) / 2, np.diff(logs) / np.diff(index)
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * rates).sum() / spread
+    freedom = len(x) - 2
+    scatter = ((rates - rates.mean() - slope * (x - x.mean())) ** 2).sum() / freedom
+    return float(slope), float(-stdtrit(freedom, level) * np.sqrt(scatter / spread))
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
