@@ -212,6 +212,7 @@ def test_memory_does_not_grow_with_the_number_of_horizons(monkeypatch: pytest.Mo
         return row_losses(logits, ids)
 
     monkeypatch.setattr(horizon, "row_losses", watched)
+    gc.collect()  # what other tests left behind
     peaks = []
     for grid in ([1, 4], [0, 1, 1, 2, 2, 3, 3, 4]):
         monkeypatch.setattr(horizon, "default_grid", lambda n_layers, grid=grid: grid)
