@@ -169,7 +169,7 @@ def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
     growth = rows.get(GROWTH)
     first, last = growth["layers"] if growth and growth["layers"] else (0, len(pre) - 1)
     rate = (median[min(last, len(pre) - 1)] / median[first]) ** (1 / max(1, min(last, len(pre) - 1) - first))
-    scale = np.sqrt(_width(arrays, pre)) * rate ** np.arange(1, len(pre) + 1)
+    scale = np.sqrt(_width(arrays)) * rate ** np.arange(1, len(pre) + 1)
     low, high, measured = (np.median(x, axis=1) / scale for x in (uncorrelated, aligned, post))
     data = spread(low, high, "from uncorrelated to fully correlated", "rgba(148,103,189,0.25)", start=1)
     data.append(line(np.arange(1, len(pre) + 1), measured, "measured", BLUE))
@@ -182,7 +182,7 @@ def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
     )
 
 
-def _width(arrays: Arrays, pre: np.ndarray) -> int:
+def _width(arrays: Arrays) -> int:
     gain = arrays.get("weights/ln1_gain")
     return 1 if gain is None else gain.shape[1]
 

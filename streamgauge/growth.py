@@ -120,6 +120,13 @@ def layer_slope(values: np.ndarray, layers: tuple[int, int]) -> float:
     return float(log_slopes(values[:, None], layers)[0])
 
 
+def mean_ratio(above: np.ndarray, below: np.ndarray, layers: tuple[int, int]) -> float:
+    """Geometric mean over a window, ends included, of the ratio of two numbers a layer, each (layers,)."""
+    first, last = layers
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.exp(np.log(above / below)[first : last + 1].mean()))
+
+
 @dataclass(frozen=True)
 class Share:
     """A share and its 95% interval."""

@@ -131,7 +131,7 @@ def _measure_groups(
     found: dict[str, Found] = {name: (meters[name].arrays(rows), meters[name].absent()) for name in reading if name in wanted}
     if "sublayers" in wanted and sublayers.is_scale_blind(layout):
         found["sublayers"][0].update(sublayers.measure_scale_blindness(bridge, layout, rows))
-    no_heads = weights.reason_without_heads(bridge, layout)
+    no_heads = weights.reason_without_heads(bridge, layout) if {"weights", "random_input"} & set(wanted) else None
     if "weights" in wanted:
         found["weights"] = ({}, {"weights": no_heads}) if no_heads else weights.measure_weights(bridge, layout)
     if "random_input" in wanted:

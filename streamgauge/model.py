@@ -142,6 +142,10 @@ class Layout:
         """Width of the stream."""
         return int(self.gains.shape[1])
 
+    def centre(self, x: Any) -> Any:
+        """Vectors of the stream in the convention: a tensor minus its mean over the last axis, where norms centre."""
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
 
 def probe_layout(bridge: Any) -> Layout:
     """Find out by trying: norms are run on known vectors, and a block on two tokens. Raises CheckpointError."""

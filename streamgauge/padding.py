@@ -49,8 +49,6 @@ def _norms_behind(length: int, layout: Layout, norms: dict[int, np.ndarray], lay
     def read(x: "torch.Tensor", hook: Any) -> None:
         import torch
 
-        padding = x[:, length:]
-        padding = padding - padding.mean(-1, keepdim=True) if layout.centres else padding
-        norms[layer] = torch.linalg.vector_norm(padding, dim=-1).reshape(-1).cpu().numpy()
+        norms[layer] = torch.linalg.vector_norm(layout.centre(x[:, length:]), dim=-1).reshape(-1).cpu().numpy()
 
     return read

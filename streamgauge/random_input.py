@@ -75,7 +75,7 @@ def _measure_mlp(
     hooks = [(f"blocks.{layer}.mlp.hook_pre", lambda x, hook: rates.append(float((x > 0).double().mean())))]
 
     def answer(x: "torch.Tensor") -> "torch.Tensor":
-        return _centre(run_mlp(block, layout, x), layout)
+        return layout.centre(run_mlp(block, layout, x))
 
     with bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
         yield from _respond("mlp", _gaussian(layout, layer, device_of(bridge), for_mlp=True), answer, rates)
@@ -146,8 +146,4 @@ def _attention(block: Any, layout: Layout, x: "torch.Tensor") -> "torch.Tensor":
     values = values.repeat_interleave(len(W_O) // len(W_V), dim=-2)
     output = values.flatten(-2) @ W_O.reshape(-1, W_O.shape[-1])
     output = block.ln1_post(output) if "ln1_post" in block.submodules else output
-    return _centre(layout.multiplier * output, layout)
-
-
-def _centre(x: "torch.Tensor", layout: Layout) -> "torch.Tensor":
-    return x - x.mean(-1, keepdim=True) if layout.centres else x
+    return layout.centre(layout.multiplier * output)

@@ -82,7 +82,7 @@ class StreamMeter:
 
         norm = torch.linalg.vector_norm
         raw = self.block
-        block = {name: self._centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
+        block = {name: self.layout.centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
         for name, x in block.items():
             self._note(layer, name, norm(x, dim=-1))
         if self.layout.has_ln1:
@@ -109,9 +109,6 @@ class StreamMeter:
         rest = torch.linalg.vector_norm(expected - scale[..., None] * found, dim=-1)
         self._note(layer, "ln1_scale", scale)
         self._note(layer, "ln1_residual", rest / torch.linalg.vector_norm(expected, dim=-1).clamp_min(TINY))
-
-    def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
-        return x - x.mean(-1, keepdim=True) if self.layout.centres else x
 
     def _note(self, layer: int, name: str, values: "torch.Tensor") -> None:
         note(self.readings, name, layer, values)

@@ -86,7 +86,7 @@ class _FullRun:
 
         norm = self.bridge.ln_final.original_component
         gain = torch.as_tensor(probe_norm(norm, self.layout.d_model)[0], device=self.ids.device)
-        final, centred = self._centre(self.final).double(), self._centre(self.outputs).double()
+        final, centred = self.layout.centre(self.final).double(), self.layout.centre(self.outputs).double()
         scale = (final.square().mean(-1, keepdim=True) + self.layout.epsilon).sqrt()
         found: dict[str, torch.Tensor] = {
             "share": (centred * final).sum(-1) / final.square().sum(-1),
@@ -128,6 +128,3 @@ class _FullRun:
         kl = (log_odds[0].exp() * difference).double().sum(-1)
         tokens = self.ids[:, self.chosen + 1, None].expand(*difference.shape[:-1], 1)
         return kl, difference.gather(-1, tokens)[..., 0]
-
-    def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
-        return x - x.mean(-1, keepdim=True) if self.layout.centres else x

@@ -59,9 +59,6 @@ class OutputsMeter:
 
         return keep
 
-    def _centre(self, x: "torch.Tensor") -> "torch.Tensor":
-        return x - x.mean(-1, keepdim=True) if self.layout.centres else x
-
     def _read(self, layer: int) -> Any:
         import torch
 
@@ -69,7 +66,7 @@ class OutputsMeter:
             raw = sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values())
             note(self.readings, "raw_norm", layer, raw)
             if self.layout.parallel:
-                attn, mlp = (self._centre(self.block[name]) for name in ("attn_out", "mlp_out"))
+                attn, mlp = (self.layout.centre(self.block[name]) for name in ("attn_out", "mlp_out"))
                 note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))
             self.block.clear()
 

@@ -7,23 +7,20 @@ Applies to: gpt2-xl.
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from streamgauge.bands import Band
-from streamgauge.growth import measured_window
+from streamgauge.growth import mean_ratio, measured_window
 from streamgauge.record import Record
 
 
 @pytest.mark.phenomenon
 def test_random_sum(record: Record, band: Band, check) -> None:
     random, attn = record.array("random_input/attn_norm"), record.text("stream/attn_out")
-    first, last = measured_window(attn, band.window)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(random / attn.mean(1))[first : last + 1]
+    window = measured_window(attn, band.window)
     check(
-        np.exp(logs.mean()),
-        within=replace(band, layers=(first, last)),
+        mean_ratio(random, attn.mean(1), window),
+        within=replace(band, layers=window),
         what="answer to random input over ‖attn_out‖",
         of=f"mean of {record.count_text}",
     )

@@ -7,21 +7,19 @@ Applies to: gpt2-xl.
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from streamgauge.bands import Band
-from streamgauge.growth import measured_window
+from streamgauge.growth import mean_ratio, measured_window
 from streamgauge.record import Record
 
 
 @pytest.mark.phenomenon
 def test_random_activation_rate(record: Record, band: Band, check) -> None:
     tokens = record.text("neurons/activation_rate")
-    first, last = measured_window(tokens, band.window)
+    window = measured_window(tokens, band.window)
     text = tokens.mean(1).astype(float)
     random = record.array("random_input/mlp_activation_rate")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.exp(np.log(random / text)[first : last + 1].mean())
+    ratio = mean_ratio(random, text, window)
     of = f"mean of {record.count_text}"
-    check(ratio, within=replace(band, layers=(first, last)), what="activation rate on random input over that on text", of=of)
+    check(ratio, within=replace(band, layers=window), what="activation rate on random input over that on text", of=of)

@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 
 from streamgauge.bands import Band
-from streamgauge.growth import layer_slope, measured_window
+from streamgauge.growth import layer_slope, mean_ratio, measured_window
 from streamgauge.record import Record
 
 
 @pytest.mark.phenomenon
 def test_random_input_growth(record: Record, band: Band, check) -> None:
     random, mlp_out = record.array("random_input/mlp_norm"), record.text("stream/mlp_out")
-    first, last = measured_window(mlp_out, band.window)
-    within = replace(band, layers=(first, last))
-    rate = np.exp(layer_slope(random, (first, last)))
+    window = measured_window(mlp_out, band.window)
+    within = replace(band, layers=window)
+    rate = np.exp(layer_slope(random, window))
     check(rate, within=within, what="growth of ‖MLP(x)‖ on random x", unit="a layer", of="normalised Gaussian vectors")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.exp(np.log(random / mlp_out.mean(1))[first : last + 1].mean())
+    ratio = mean_ratio(random, mlp_out.mean(1), window)
     check(ratio, within=within, what="‖MLP(x)‖ on random x over ‖mlp_out‖", of=f"mean of {record.count_text}")

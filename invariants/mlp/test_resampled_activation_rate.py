@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 
 from streamgauge.bands import Band
-from streamgauge.growth import measured_window
+from streamgauge.growth import mean_ratio, measured_window
 from streamgauge.record import Record
 
 
 @pytest.mark.phenomenon
 def test_resampled_activation_rate(record: Record, band: Band, check) -> None:
     tokens = record.text("neurons/activation_rate")
-    first, last = measured_window(tokens, band.window)
+    window = measured_window(tokens, band.window)
     text = tokens.mean(1).astype(float)
     resampled, random = (record.array(f"random_input/{name}_activation_rate") for name in ("resampled", "mlp"))
-    layers = slice(first, last + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        place = np.log(resampled / text)[layers].mean() / np.log(random / text)[layers].mean()
+        place = np.log(mean_ratio(resampled, text, window)) / np.log(mean_ratio(random, text, window))
     of = "0 is text, 1 is Gaussian input"
-    check(place, within=replace(band, layers=(first, last)), what="place of the resampled activation rate", of=of)
+    check(place, within=replace(band, layers=window), what="place of the resampled activation rate", of=of)
