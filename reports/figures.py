@@ -335,10 +335,31 @@ def _spectral(arrays: Arrays, rows: Rows) -> Figure | None:
         "Largest singular value of each head, and the stable rank, squared Frobenius over squared spectral norm. Where "
         "positions are rotary, W_QK is the part of the scores without them."
     )
-    return figure("Spectral norms of heads", data, read, ["attention/circuit_norms"], y="norm, or rank", log=True)
+    laws = [f"attention/{name}" for name in ("circuit_norms", "circuit_spectral", "spectral_trajectory")]
+    return figure("Spectral norms of heads", data, read, laws, y="norm, or rank", log=True)
+
+
+def _patching(arrays: Arrays, rows: Rows) -> Figure | None:
+    tasks = [name for name, values in arrays.items() if name.startswith("patching/") and values.ndim == 2]
+    norms = arrays.get("weights/W_OV_spectral")
+    if not tasks or norms is None:
+        return None
+    labels = [f"layer {n}, head {h}" for n, h in np.ndindex(*norms.shape)]
+    data = [
+        {"x": numbers(norms.ravel()), "y": numbers(arrays[task].ravel()), "text": labels, "name": task.split("/")[1],
+         "mode": "markers", "marker": {"color": colour, "size": 6}, "hovertemplate": "%{text}: %{y}<extra></extra>"}
+        for task, colour in zip(tasks, itertools.cycle((BLUE, ORANGE, GREEN, RED)), strict=False)
+    ]  # fmt: skip
+    read = (
+        "Each head once: how much of a task it brings back when its output on the clean prompt is put into the corrupted run, "
+        "against its σ₁(W_OV). Heads in the upper right are large and matter to the task."
+    )
+    made = figure("Patching scores of heads", data, read, ["attention/circuit_patching"], y="part of the task brought back")
+    made["layout"]["xaxis"] = {"title": {"text": "σ₁(W_OV)", "standoff": 4}}
+    return made
 
 
 FIGURES: tuple[Callable[[Arrays, Rows], Figure | None], ...] = (
     _stream, _histogram, _factors, _sublayers, _correlation, _heads, _random_mlp, _components, _activation, _hidden, _weights,
-    _horizon, _effects, _spectral,
+    _horizon, _effects, _spectral, _patching,
 )  # fmt: skip

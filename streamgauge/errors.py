@@ -25,6 +25,10 @@ class PromptError(StreamgaugeError):
     """The prompts cannot be used with this model."""
 
 
+class SettingsError(StreamgaugeError):
+    """A file that the user wrote for streamgauge says something it does not understand."""
+
+
 class RecordError(StreamgaugeError):
     """The record file is damaged, or of another format."""
 

@@ -3,13 +3,17 @@
 import importlib.metadata
 import resource
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
+from streamgauge.circuits import Task
 from streamgauge.horizon import Variant, variants_of
+from streamgauge.patching import tasks_sha256
 from streamgauge.prompts import Prompts, prompts_for, read_prompts
 from streamgauge.record import Record
 
@@ -18,11 +22,12 @@ GROUPS = {
     "stream": 1,
     "weights": 3,
     "neurons": 1,
-    "sublayers": 1,
+    "sublayers": 2,
     "random_input": 1,
     "padding": 1,
     "horizon": 1,
-    "sublayer_effect": 1,
+    "sublayer_effect": 2,
+    "patching": 1,
 }
 
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
@@ -35,14 +40,16 @@ def measure(
     prompts: Path | None = None,
     device: str = "cpu",
     horizons: str = "default",
+    tasks: Sequence[Task] = (),
     known: Record | None = None,
     show: bool = False,
 ) -> Record:
     """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`.
 
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of the layer horizon that are
-    tried, `default` or `all` (see `streamgauge.horizon`). known: an earlier record of the same checkpoint and
-    prompts, whose groups are taken over where they are as this instrument would measure them. show: progress on stderr.
+    tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. known: an earlier
+    record of the same checkpoint and prompts, whose groups are taken over where they are as this instrument would measure
+    them. show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
@@ -50,15 +57,23 @@ def measure(
     (16, 1304)
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
-    texts = read_prompts(prompts)
-    return _measure(checkpoint, texts, built_in=prompts is None, device=device, horizons=horizons, known=known, show=show)
+    texts, wanted = read_prompts(prompts), Wanted(horizons, tuple(tasks))
+    return _measure(checkpoint, texts, built_in=prompts is None, device=device, wanted=wanted, known=known, show=show)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a record may be asked to hold: variants of the layer horizon (`default` or `all`), and tasks for patching."""
+
+    horizons: str = "default"
+    tasks: tuple[Task, ...] = ()
 
 
 def _measure(
-    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, horizons: str, known: Record | None, show: bool
+    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, wanted: Wanted, known: Record | None, show: bool
 ) -> Record:
     from streamgauge import model as opening
-    from streamgauge import weights
+    from streamgauge import patching, weights
 
     started = time.monotonic()
     model = opening.load_model(checkpoint, device)
@@ -73,15 +88,18 @@ def _measure(
     integrity |= {} if resets is None else {"reset": resets}
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
+    metadata["tasks_sha256"] = tasks_sha256(wanted.tasks)
     arrays: dict[str, np.ndarray] = {}
     if rows is None:
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
         metadata["failed"] = dict.fromkeys(GROUPS, reason)
     else:
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
-        kept = _kept(known, metadata["prompts_sha256"], horizons)
-        wanted = [name for name in GROUPS if name not in kept]
-        found = _measure_groups(bridge, layout, rows, wanted, variants_of(horizons, layout.n_layers), show)
+        kept = _kept(known, metadata["prompts_sha256"], wanted)
+        missing = [name for name in GROUPS if name not in kept]
+        found = _measure_groups(bridge, layout, rows, missing, variants_of(wanted.horizons, layout.n_layers), show)
+        if "patching" in missing:
+            found["patching"] = patching.measure_patching(bridge, checkpoint.folder, wanted.tasks, show)
         if known is not None:
             arrays = _take_over(known, kept, metadata)
         for group, (values, absent) in found.items():
@@ -93,25 +111,27 @@ def _measure(
     return Record(arrays, metadata)
 
 
-def current_groups(record: Record, horizons: str) -> list[str]:
+def current_groups(record: Record, wanted: Wanted) -> list[str]:
     """The groups that are as this instrument would measure them."""
     current = [name for name, version in GROUPS.items() if record.groups.get(name) == version]
-    tried = [f"horizon/loss.{variant.name}" for variant in variants_of(horizons, record.n_layers)]
+    tried = [f"horizon/loss.{variant.name}" for variant in variants_of(wanted.horizons, record.n_layers)]
     if "horizon/k" in record.arrays and not set(tried) <= set(record.arrays):
         current.remove("horizon")
+    if "patching" in current and record.metadata.get("tasks_sha256") != tasks_sha256(wanted.tasks):
+        current.remove("patching")
     return current
 
 
-def is_current(record: Record, horizons: str = "default") -> bool:
+def is_current(record: Record, wanted: Wanted | None = None) -> bool:
     """Whether every group is as this instrument would measure it."""
-    return current_groups(record, horizons) == list(GROUPS)
+    return current_groups(record, wanted or Wanted()) == list(GROUPS)
 
 
-def _kept(known: Record | None, prompts_sha256: str, horizons: str) -> list[str]:
+def _kept(known: Record | None, prompts_sha256: str, wanted: Wanted) -> list[str]:
     """The groups of an earlier record that need not be measured again."""
     if known is None or known.metadata.get("prompts_sha256") != prompts_sha256:
         return []
-    return current_groups(known, horizons)
+    return current_groups(known, wanted)
 
 
 def _measure_groups(

@@ -9,13 +9,14 @@ PREFIX = "streamgauge." if find_spec("streamgauge.fixtures") else ""
 MODULES = (
     "fixtures.options",
     "fixtures.subjects",
+    "fixtures.circuits",
     "fixtures.distribution",
     "fixtures.records",
     "fixtures.check",
     "fixtures.rows",
     "reports.plugin",
 )
-TAKE_PATHS = ("--model", "--record", "--prompts", "--store", "--report")
+TAKE_PATHS = ("--model", "--record", "--prompts", "--store", "--report", "--circuits")
 
 pytest_plugins = [PREFIX + name for name in MODULES]
 

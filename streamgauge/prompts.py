@@ -54,7 +54,7 @@ def tokenise(folder: Path, texts: list[str], *, context: int, vocabulary: int, s
     None where the folder has no tokenizer that can express the texts. Prompts longer than the context are cut where
     `shorten` (the built-in set) and an error otherwise. Raises PromptError also for ids the embedding does not have.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -95,7 +95,7 @@ def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -
     return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None: transformers invents an empty one where there is no file."""
     from transformers import AutoTokenizer
 

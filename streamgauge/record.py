@@ -29,6 +29,7 @@ weights/ln1_gain, ln2_gain  (n_layers, d_model) the gains folded into W_V and W_
 neurons/activation_rate     (n_layers, n_tok)   fraction of MLP pre-activations (of the gate's, if gated) above 0
 neurons/singular_values     (n_layers, n_rows)  of the prompts x d_mlp matrix of hidden activations at one position
 sublayers/attn_dot_mlp      (n_layers, n_tok)   inner product of attn_out and mlp_out (parallel blocks only)
+sublayers/pre_dot_mlp_0     (n_layers, n_tok)   inner product of resid_pre and the mlp_out of layer 0
 sublayers/raw_norm          (n_layers, n_tok)   sum of the norms of raw resid_pre, attn_out and mlp_out, before centring
 sublayers/attn_scale_error  (n_layers, draws)   relative change of the norms' inputs that would change attn_out as much as
                                                 scaling and shifting them did; mlp_scale_error likewise
@@ -46,6 +47,7 @@ sublayer_effect/attn_loss   (n_layers, n_pred)  change of loss; attn_frozen_kl a
 sublayer_effect/attn_share  (n_layers, n_pred)  attn_out·final / ‖final‖², the part of the final residual
 sublayer_effect/attn_size   (n_layers, n_pred)  ‖attn_out‖ over the scale that the last norm divides the final residual by
 sublayer_effect/largest_row (1,)                largest norm of a row of the unembedding, the last norm's gain folded in
+patching/TASK               (n_layers, n_heads) part of a task that each head's output, patched in, brings back; TASK.n_pairs
 padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
 ==========================  ==================  =======================================================
 
@@ -76,7 +78,7 @@ WEIGHTS = (
 )
 OTHERS = {
     "neurons": "activation_rate singular_values",
-    "sublayers": "attn_dot_mlp raw_norm attn_scale_error mlp_scale_error largest_shift",
+    "sublayers": "attn_dot_mlp pre_dot_mlp_0 raw_norm attn_scale_error mlp_scale_error largest_shift",
     "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",

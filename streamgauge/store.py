@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamgauge.checkpoint import Checkpoint, weights_sha256
+from streamgauge.circuits import Task
 from streamgauge.errors import NotMeasured, RecordError, StoreError
-from streamgauge.measure import is_current, measure
+from streamgauge.measure import Wanted, is_current, measure
 from streamgauge.prompts import read_prompts
 from streamgauge.record import Record, write_whole
 
@@ -44,7 +46,14 @@ class Store:
         prepare_folder(self.folder, "the store", "--store")
 
     def record(
-        self, checkpoint: Checkpoint, *, prompts: Path | None, device: str, horizons: str = "default", show: bool = False
+        self,
+        checkpoint: Checkpoint,
+        *,
+        prompts: Path | None,
+        device: str,
+        horizons: str = "default",
+        tasks: Sequence[Task] = (),
+        show: bool = False,
     ) -> Record:
         """The stored record of this very checkpoint, or a new one, measured and stored.
 
@@ -57,9 +66,9 @@ class Store:
                 known = Record.load(path)
             except RecordError:
                 path.unlink(missing_ok=True)
-        if known is not None and is_current(known, horizons):
+        if known is not None and is_current(known, Wanted(horizons, tuple(tasks))):
             return known
-        record = measure(checkpoint, prompts=prompts, device=device, horizons=horizons, known=known, show=show)
+        record = measure(checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, known=known, show=show)
         if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         record.save(path)

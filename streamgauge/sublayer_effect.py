@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 KINDS = ("attn", "mlp")
 LOGITS = 2**26  # held at once
+SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
+PROBED = 1.01  # leaves room for the rounding of a factor so found
 STRIDE = 4  # of a prompt's predictions every fourth is looked at: each costs two unembeddings a sublayer
 
 
@@ -35,23 +37,8 @@ def measure_sublayer_effect(bridge: Any, layout: Layout, prompts: Prompts) -> tu
             run = _FullRun(bridge, layout, [rows.rows[i] for i in batch])
             for name, values in run.effects().items():
                 parts.setdefault(name, []).append(values)
-        largest = _largest_row(bridge, layout)
+        largest = np.array([run.largest_row()])
     return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
-
-
-def _largest_row(bridge: Any, layout: Layout) -> np.ndarray:
-    """Largest norm of a token's row of the unembedding with the last norm's gain folded in, centred over tokens: (1,).
-
-    A change δ of the normalised residual moves no logit, beside what moves all alike, by more than this times ‖δ / gain‖.
-    """
-    import torch
-
-    gain, _, _ = probe_norm(bridge.ln_final.original_component, layout.d_model)
-    rows = bridge.original_model.get_output_embeddings().weight
-    mean = rows.mean(0)
-    scale = torch.as_tensor(gain, device=rows.device, dtype=rows.dtype)
-    largest = max(float(torch.linalg.vector_norm((part - mean) * scale, dim=1).max()) for part in rows.split(4096))
-    return np.array([largest])
 
 
 class _FullRun:
@@ -100,6 +87,26 @@ class _FullRun:
             for row, kind in enumerate(KINDS)
             for name, values in found.items()
         }
+
+    def largest_row(self) -> float:
+        """Largest norm of a token's row of the unembedding with the last norm's gain folded in, centred over tokens.
+
+        A change δ of the normalised residual moves no logit, beside what moves all alike, by more than this times
+        ‖δ / gain‖. What the architecture multiplies logits by counts: found by trying a small vector.
+        """
+        import torch
+
+        rows = self.bridge.original_model.get_output_embeddings().weight
+        norm = self.bridge.ln_final.original_component
+        gain = torch.as_tensor(probe_norm(norm, self.layout.d_model)[0], device=rows.device, dtype=rows.dtype)
+        mean = rows.mean(0)
+        largest = max(float(torch.linalg.vector_norm((part - mean) * gain, dim=1).max()) for part in rows.split(4096))
+        small = SMALL * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
+        moved = self._predict(torch.stack([0 * small, small]).expand(*self.final.shape[:2], 2, -1).movedim(2, 0))
+        expected = rows @ small - mean @ small
+        difference = (moved[1] - moved[0])[0, 0]
+        factor = (difference - difference.mean()) @ expected / (expected @ expected)
+        return largest * float(factor) * PROBED
 
     def _changes(self, full: "torch.Tensor", normalised: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
         """KL(full ‖ without) and the change of loss, (2, n_layers, rows, positions), from what the unembedding reads.

@@ -22,11 +22,15 @@ SHIFT = 4.0  # largest constant added, in root mean squares of the input
 
 
 class OutputsMeter:
-    """Raw norms of what a block sums up, and inner products of attn_out and mlp_out, which parallel blocks add at once."""
+    """Raw norms of what a block sums up, and inner products that the stream group does not hold.
+
+    Those of attn_out and mlp_out, which parallel blocks add at once, and of the stream with what the first MLP wrote to it.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.block: dict[str, torch.Tensor] = {}
+        self.first_mlp: torch.Tensor | None = None
         self.readings: Readings = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
@@ -47,7 +51,7 @@ class OutputsMeter:
         if not self.layout.parallel or not self.layout.pre_norm:
             reasons["attn_dot_mlp"] = SEQUENTIAL if self.layout.pre_norm else POST_NORM
         if not self.layout.pre_norm:
-            reasons["raw_norm"] = POST_NORM
+            reasons |= dict.fromkeys(["raw_norm", "pre_dot_mlp_0"], POST_NORM)
         if not is_scale_blind(self.layout):
             why = POST_NORM if not self.layout.pre_norm else NO_LN1
             reasons |= dict.fromkeys(["attn_scale_error", "mlp_scale_error", "largest_shift"], why)
@@ -65,6 +69,9 @@ class OutputsMeter:
         def read(x: "torch.Tensor", hook: Any) -> None:
             raw = sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values())
             note(self.readings, "raw_norm", layer, raw)
+            if layer == 0:
+                self.first_mlp = self.layout.centre(self.block["mlp_out"]).clone()
+            note(self.readings, "pre_dot_mlp_0", layer, (self.layout.centre(self.block["resid_pre"]) * self.first_mlp).sum(-1))
             if self.layout.parallel:
                 attn, mlp = (self.layout.centre(self.block[name]) for name in ("attn_out", "mlp_out"))
                 note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))

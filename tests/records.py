@@ -7,6 +7,7 @@ import numpy as np
 from streamgauge.horizon import DEFAULT
 from streamgauge.record import Record
 
+QUIET_HEADS = ("W_Q_raw", "W_K_raw", "W_V_raw", "W_OV_raw_frobenius", "W_QK_spectral", "W_QK_frobenius")
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 
 
@@ -65,7 +66,7 @@ def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np
     layers = np.arange(n_layers)
     ones, firing = np.ones(n_layers), 0.05 * 1.01**layers
     flat = dict.fromkeys(("W_in", "W_in_raw", "W_in_W_out", "b_in_W_out", "b_out"), ones)
-    heads = {name: np.ones((n_layers, N_HEADS)) for name in ("W_Q_raw", "W_K_raw", "W_V_raw", "W_OV_raw_frobenius")}
+    heads = {name: np.ones((n_layers, N_HEADS)) for name in QUIET_HEADS}
     weights = flat | heads | {
         "W_OV_frobenius": np.outer(1.05**layers, np.linspace(1, 2, N_HEADS)),
         "W_OV_spectral": np.outer(1.05**layers, np.linspace(0.8, 1.6, N_HEADS)),
@@ -76,11 +77,12 @@ def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np
     others = {
         "neurons/activation_rate": np.outer(firing, np.ones(PROMPTS * LENGTH)).astype(np.float32),
         "neurons/singular_values": np.outer(ones, 0.5 ** np.arange(PROMPTS)),
-        "sublayers/raw_norm": raw,
+        "sublayers/raw_norm": raw, "sublayers/pre_dot_mlp_0": np.full(raw.shape, mlp[0] ** 2),
         "sublayers/attn_scale_error": draws, "sublayers/mlp_scale_error": draws, "sublayers/largest_shift": np.array([4.0]),
         "random_input/attn_norm": 5 * attn, "random_input/attn_error": 0.005 * attn, "random_input/mlp_norm": 3 * mlp,
         "random_input/mlp_error": 0.003 * mlp, "random_input/mlp_activation_rate": 4 * firing,
         "random_input/resampled_activation_rate": 2 * firing,
+        "patching/own": np.outer(0.1 * ones, np.linspace(1, 2, N_HEADS)), "patching/own.n_pairs": np.array([8], np.int32),
         "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
     }  # fmt: skip
     return {f"weights/{name}": values for name, values in weights.items()} | others | _depth(n_layers)
@@ -92,7 +94,8 @@ def _depth(n_layers: int) -> dict[str, np.ndarray]:
     rows = np.linspace(0.9, 1.1, PROMPTS)
     loss = 3 + np.outer(np.maximum(4 * (1 - 2 * k / n_layers), 0) + 0.01 * (1 - k / (n_layers + 1)), rows)
     size = np.full((n_layers, 20), 0.5)
-    effects = {f"{kind}_size": size for kind in ("attn", "mlp")} | {f"{kind}_frozen_kl": 0.1 * size for kind in ("attn", "mlp")}
+    effect = {"size": size, "share": 0 * size, "frozen_kl": 0.1 * size, "kl": 0.1 * size}
+    effects = {f"{kind}_{name}": values for kind in ("attn", "mlp") for name, values in effect.items()}
     return {
         "horizon/k": k, f"horizon/loss.{DEFAULT.name}": loss, "horizon/clean_loss": np.full(PROMPTS, 3.0),
         "horizon/tokens": np.full(PROMPTS, LENGTH - 1, np.int32), "sublayer_effect/largest_row": np.array([2.0]),

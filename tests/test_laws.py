@@ -133,9 +133,13 @@ OWN_BANDS = [
     {"law": "residual/decrease", "model": "pystdlib-3m", "high": 1.0, "source": "the test's own"},
     {"law": "attention/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 2.0, "source": "the test's own"},
     {"law": "mlp/hidden_structure", "model": "pystdlib-3m", "low": 1.0, "source": "the test's own"},
+    {"law": "attention/circuit_spectral", "model": "pystdlib-3m", "low": 1.5, "source": "the test's own"},
+    {"law": "attention/circuit_patching", "model": "pystdlib-3m", "low": 1.5, "source": "the test's own"},
+    {"law": "attention/spectral_trajectory", "model": "pystdlib-3m", "low": -0.01, "high": 0.1, "source": "the test's own"},
     {"law": "mlp/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 0.5, "source": "the test's own"},
 ]
 
+OWN_CIRCUITS = Path(__file__).with_name("circuits.toml")
 LOSS = f"horizon/loss.{DEFAULT.name}"
 
 # Law, the model the record says it was made from (it chooses the band), what is wrong with it.
@@ -214,6 +218,18 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms[:, ::-1])),
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms[::-1])),
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms * np.nan)),
+    ("attention/circuit_spectral", DECLARED, _of("any", "weights/W_OV_spectral", lambda x: x[:, ::-1], 16)),
+    ("attention/circuit_spectral", DECLARED, _of("any", "weights/W_OV_spectral", lambda x: x * np.nan, 16)),
+    ("attention/circuit_patching", DECLARED, _of("any", "patching/own", lambda x: x[:, ::-1], 16)),
+    ("attention/circuit_patching", DECLARED, _of("any", "patching/own", lambda x: 0 * x + 1, 16)),
+    ("attention/spectral_trajectory", DECLARED, _of("any", "weights/W_OV_spectral", _backwards, 16)),
+    (
+        "attention/spectral_trajectory",
+        DECLARED,
+        _of("any", "weights/W_QK_spectral", lambda x: x * 2 ** np.arange(16)[:, None], 16),
+    ),
+    ("depth/earlier_outputs_fade", "gpt2-xl", _xl("stream/resid_pre", _flat)),
+    ("depth/earlier_outputs_fade", "gpt2-xl", _xl("sublayers/pre_dot_mlp_0", lambda x: x * 1.06 ** np.arange(48)[:, None])),
     ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.where(np.arange(len(x))[:, None] < len(x) - 1, x + 1, x))),
     ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.full_like(x, 3.0))),
     ("depth/layer_horizon", "gpt2", lambda: sound_record(n_layers=12)),
@@ -222,6 +238,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/mlp_out", _backwards)),
     ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/attn_out", _flat)),
     ("depth/effect_bound", "effect-of-nothing", _of("any", "sublayer_effect/mlp_size", lambda x: 0 * x)),
+    ("depth/effect_bound", "larger-than-it-can-be", _of("any", "sublayer_effect/mlp_kl", lambda x: 1e3 * x)),
     ("depth/effect_bound", "not-a-number", _of("any", "sublayer_effect/attn_frozen_kl", _with_nan)),
 ]
 
@@ -238,7 +255,8 @@ def test_fails_on_its_negative_control(
         monkeypatch.setattr(catalogue, "_toml", lambda: toml)
     Record(record.arrays, record.metadata | {"model": name}).save(tmp_path / f"{name}.safetensors")
     folder, test = law.split("/")
-    found = audit("--record", tmp_path / f"{name}.safetensors", laws=f"invariants/{folder}/test_{test}.py")
+    law_file = f"invariants/{folder}/test_{test}.py"
+    found = audit("--record", tmp_path / f"{name}.safetensors", "--circuits", OWN_CIRCUITS, laws=law_file)
     assert found.exit == 1
     assert found.row(law)["outcome"] == "fail", found.row(law)
     assert found.row(law)["margin"] is None or found.row(law)["margin"] <= 0
@@ -255,7 +273,8 @@ def test_laws_hold_on_a_sound_record(name: str, bend: float, audit: Auditing, tm
     outcomes = audit("--record", tmp_path / f"{name}.safetensors").outcomes()
     broken = {law for law, outcome in outcomes.items() if outcome in ("fail", "error")}
     # These are about the weights of gpt2 itself, its twelve heads a layer, and the horizon that it is said not to have.
-    own = {"attention/ov_growth", "attention/circuit_norms", "residual/fast_start", "depth/layer_horizon"}
+    own = {"attention/ov_growth", "residual/fast_start", "depth/layer_horizon"}
+    own |= {f"attention/circuit_{of}" for of in ("norms", "spectral", "patching")}
     assert broken == (own if name == "gpt2" else set())
 
 

@@ -9,7 +9,7 @@ Applies to: models with a circuit in circuits.toml whose ratio was published.
 import pytest
 
 from streamgauge.bands import between
-from streamgauge.circuits import Circuit, chance_of_ratio, norm_ratio
+from streamgauge.circuits import Circuit, compared
 from streamgauge.errors import NotApplicable
 from streamgauge.record import Record
 
@@ -23,11 +23,7 @@ def test_circuit_norms(record: Record, circuits: list[Circuit], check) -> None:
     if not published:
         raise NotApplicable("no ratio is published for the circuits of this model")
     for circuit in published:
-        ratio = circuit.ratio or 0.0
-        anywhere, matched = (chance_of_ratio(norms, circuit.heads, same_layers=same) for same in (False, True))
-        check(
-            norm_ratio(norms, circuit.heads),
-            within=between(ratio - DIGITS, ratio + DIGITS, circuit.source),
-            what=f"‖W_OV‖_F of {circuit.task}'s heads over all others'",
-            of=f"{len(circuit.heads)} heads; as large by chance: {anywhere:.3f}, from the same layers: {matched:.3f}",
-        )
+        ratio, of = compared(norms, circuit)
+        wanted = circuit.ratio or 0.0
+        within = between(wanted - DIGITS, wanted + DIGITS, circuit.source)
+        check(ratio, within=within, what=f"‖W_OV‖_F of {circuit.task}'s heads over all others'", of=of)

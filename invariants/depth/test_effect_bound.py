@@ -1,13 +1,16 @@
 """A small update has a small effect: taking a sublayer's output out of the final residual changes predictions by its size.
 
-With the last norm's scale kept, KL(full ‖ without) ≤ (R · ‖out‖ / scale)² / 2, where R is the largest norm of a row of the
-unembedding with the last norm's gain folded in and the mean row taken away; each prediction, each sublayer. So a sublayer
-that writes nothing has no effect. The log odds of two predictions differ by no more than ±R ‖out‖ / scale, and Hoeffding's
-lemma bounds the logarithm of a bounded variable's moment generating function by its squared range over 8.
-Source: Hoeffding 1963, lemma 1; pythia_tools notes 2023 ask for the effect.
+With the last norm's scale kept, KL(full ‖ without) ≤ (R · size)² / 2, size = ‖out‖ / scale, where R is the largest norm of a
+row of the unembedding with the last norm's gain folded in and the mean row taken away; each prediction, each sublayer. With
+the scale as it comes out, size is replaced by 2 size / (1 + scale without / scale). So a sublayer that writes nothing has no
+effect. The log odds of two predictions differ by no more than ±R times what the normalised residual moves; Hoeffding's lemma
+bounds the logarithm of a bounded variable's moment generating function by its squared range over 8; and two vectors'
+directions differ by no more than twice their distance over the sum of their lengths.
+Source: Hoeffding 1963, lemma 1; Dunkl and Williams 1964 (directions); pythia_tools notes 2023 ask for the effect.
 Applies to: every model whose blocks only add to the stream.
 """
 
+import numpy as np
 import pytest
 
 from streamgauge.bands import below
@@ -21,11 +24,15 @@ def test_effect_bound(record: Record, check) -> None:
     largest = float(record.array("sublayer_effect/largest_row")[0])
     d_model = record.metadata["d_model"]
     for kind in ("attn", "mlp"):
-        kl, size = record.array(f"sublayer_effect/{kind}_frozen_kl"), record.array(f"sublayer_effect/{kind}_size")
+        size, share = record.array(f"sublayer_effect/{kind}_size"), record.array(f"sublayer_effect/{kind}_share")
+        # The squared scale without over the squared scale: less than this it cannot be, whatever the norm's epsilon.
+        shrunk = np.maximum(0, 1 - 2 * np.maximum(share, 0) + size**2 / d_model)
+        moved = {"frozen_kl": size, "kl": 2 * size / (1 + np.sqrt(shrunk))}
         # Log odds are inner products of d_model terms in fp32, of vectors no longer than R and √d_model, less a logarithm of
         # their sum, which is below 20 for any vocabulary.
         rounding = 2 * UNIT * (d_model * largest * d_model**0.5 + 4 * 20)
-        excess = kl / ((largest * size) ** 2 / 2 + rounding)
-        layer = int(excess.max(1).argmax())
-        bound = below(1, "Hoeffding 1963, and rounding of log odds in fp32 (Higham 2002, §3.5)")
-        check(excess.max(), within=bound, what=f"KL without {kind}_out over its bound", of=f"largest at layer {layer}")
+        bound = below(1, "Hoeffding 1963, Dunkl and Williams 1964, and rounding of log odds in fp32 (Higham 2002, §3.5)")
+        for name, distance in moved.items():
+            excess = record.array(f"sublayer_effect/{kind}_{name}") / ((largest * distance) ** 2 / 2 + rounding)
+            of = f"largest at layer {int(excess.max(1).argmax())}; {'scale kept' if name == 'frozen_kl' else 'scale as it is'}"
+            check(excess.max(), within=bound, what=f"KL without {kind}_out over its bound", of=of)
