@@ -13,20 +13,20 @@ from streamgauge.errors import RecordError, StreamgaugeError, UnknownModelError
 from streamgauge.laws import laws
 
 FAILED, USAGE = 1, 4
+LISTED = 10  # differences of a kind that `diff` prints
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 where it could not be done, or 4 where a name is unknown."""
+    """Run one command. Returns 0, or 1 where it could not be done or `diff` found something, or 4 where a name is unknown."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return int(options.run(options) or 0)
     except UnknownModelError as error:
         print(f"streamgauge: {error}", file=sys.stderr)
         return USAGE
     except StreamgaugeError as error:
         print(f"streamgauge: {error}", file=sys.stderr)
         return FAILED
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
 
+    comparing = commands.add_parser("diff", help="compare two checkpoints or records: what moved, where and by how much")
+    comparing.add_argument("old", help="a folder, a catalogued name, a hub repository, or a record FILE.safetensors")
+    comparing.add_argument("new", help="likewise")
+    comparing.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
+    comparing.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    comparing.add_argument("--store", type=Path, metavar="DIR", help="keep records here (default: the platform's cache folder)")
+    comparing.add_argument("--all", action="store_true", help="every difference, rather than the ten largest of a kind")
+    comparing.set_defaults(run=_diff)
+
     reporting = commands.add_parser("report", help="render rows.jsonl files as a page and a summary")
     reporting.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="rows.jsonl of an audit, its records beside it")
     reporting.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them")
@@ -71,18 +80,48 @@ def _laws(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     from streamgauge.measure import measure
 
-    catalogue = _part("fixtures.catalogue")
-    name = options.model
-    known = catalogue.models().get(name) if not Path(name).is_dir() else None
-    if known:
-        name = known.folder or known.hub
-    elif not Path(name).exists() and "/" not in name:
-        raise UnknownModelError(f"no model is called {name!r}; the nearest catalogued names are {catalogue.nearest(name)}.")
     record = measure(
-        name, revision=options.revision, prompts=options.prompts, device=options.device, horizons=options.horizons, show=True
+        _location(options.model),
+        revision=options.revision,
+        prompts=options.prompts,
+        device=options.device,
+        horizons=options.horizons,
+        show=True,
     )
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
+
+
+def _location(name: str) -> str | Path:
+    """Where a model is: a folder, or a hub repository, which catalogued names stand for. Raises UnknownModelError."""
+    catalogue = _part("fixtures.catalogue")
+    known = catalogue.models().get(name) if not Path(name).is_dir() else None
+    if known:
+        return known.folder or known.hub  # type: ignore[no-any-return]
+    if not Path(name).exists() and "/" not in name:
+        raise UnknownModelError(f"no model is called {name!r}; the nearest catalogued names are {catalogue.nearest(name)}.")
+    return name
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from streamgauge.checkpoint import open_checkpoint
+    from streamgauge.compare import differences, rows_to_share, table
+    from streamgauge.record import Record
+    from streamgauge.store import Store, default_store
+
+    store = Store(options.store or default_store())
+    store.prepare()
+
+    def record_of(name: str, rows: Any = None) -> Record:
+        if Path(name).is_file():
+            return Record.load(name)
+        checkpoint = open_checkpoint(_location(name))
+        return store.record(checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True)
+
+    old = record_of(options.old)
+    lines, differing = table(differences(old, record_of(options.new, rows_to_share(old))), None if options.all else LISTED)
+    print("\n".join(lines))
+    return FAILED if differing else 0
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ def _within(size: int, limit: int) -> None:
 def _compute(checkpoint: Checkpoint, paths: dict[str, Path], prompts: Path | None, device: str, limit: int) -> None:
     from streamgauge.model import build_bridge, load_model
 
-    model = load_model(checkpoint, device)
+    model, _ = load_model(checkpoint, device)
     rows = prompts_for(model, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
     bridge = build_bridge(model)
     unknown = [name for name in paths if name not in bridge.hook_dict]

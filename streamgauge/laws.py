@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-KINDS = ("theorem", "phenomenon", "reference")
+KINDS = ("theorem", "phenomenon", "reference", "regression")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Measure a checkpoint: one function from a name to a record."""
 
 import importlib.metadata
+import json
 import resource
 import time
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import numpy as np
 
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.circuits import Task
+from streamgauge.errors import PromptError
 from streamgauge.horizon import Variant, variants_of
 from streamgauge.patching import tasks_sha256
-from streamgauge.prompts import Prompts, prompts_for, read_prompts
+from streamgauge.prompts import Prompts, load_tokenizer, prompts_for, read_prompts
 from streamgauge.record import Record
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
@@ -28,7 +30,20 @@ GROUPS = {
     "horizon": 1,
     "sublayer_effect": 2,
     "patching": 1,
+    "sketch": 1,
+    "prediction": 1,
+    "rounding": 1,
 }
+
+NOT_FUNCTION = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+    "chunk_size_feed_forward",
+)
 
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
 
@@ -41,15 +56,16 @@ def measure(
     device: str = "cpu",
     horizons: str = "default",
     tasks: Sequence[Task] = (),
+    rows: Prompts | None = None,
     known: Record | None = None,
     show: bool = False,
 ) -> Record:
     """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`.
 
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of the layer horizon that are
-    tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. known: an earlier
-    record of the same checkpoint and prompts, whose groups are taken over where they are as this instrument would measure
-    them. show: progress on stderr.
+    tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. rows: token
+    ids to measure on instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups are
+    taken over where they are as this instrument would measure them. show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
@@ -57,7 +73,8 @@ def measure(
     (16, 1304)
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
-    texts, wanted = read_prompts(prompts), Wanted(horizons, tuple(tasks))
+    texts = rows or read_prompts(prompts)
+    wanted = Wanted(horizons, tuple(tasks))
     return _measure(checkpoint, texts, built_in=prompts is None, device=device, wanted=wanted, known=known, show=show)
 
 
@@ -70,17 +87,25 @@ class Wanted:
 
 
 def _measure(
-    checkpoint: Checkpoint, texts: list[str], *, built_in: bool, device: str, wanted: Wanted, known: Record | None, show: bool
+    checkpoint: Checkpoint,
+    texts: list[str] | Prompts,
+    *,
+    built_in: bool,
+    device: str,
+    wanted: Wanted,
+    known: Record | None,
+    show: bool,
 ) -> Record:
     from streamgauge import model as opening
-    from streamgauge import patching, weights
+    from streamgauge import patching, sketch, weights
 
     started = time.monotonic()
-    model = opening.load_model(checkpoint, device)
-    integrity = weights.measure_integrity(model)
+    model, unread = opening.load_model(checkpoint, device)
+    integrity = weights.measure_integrity(model) | {"unread": unread, "tokenizer": _beyond(checkpoint, model)}
     # A model with NaN in its weights cannot be run, and so cannot write prompts either.
-    rows = None if integrity["not_finite"] else prompts_for(model, checkpoint.folder, texts, built_in=built_in)
+    rows = None if integrity["not_finite"] else _rows(model, checkpoint, texts, built_in=built_in)
     n_parameters = sum(p.numel() for p in model.parameters())
+    parameters, tables = sketch.measure_parameters(model)
     names = weights.parameter_names(model)
     bridge = opening.build_bridge(model)
     layout = opening.probe_layout(bridge)
@@ -88,16 +113,19 @@ def _measure(
     integrity |= {} if resets is None else {"reset": resets}
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
-    metadata["tasks_sha256"] = tasks_sha256(wanted.tasks)
+    metadata |= {"tasks_sha256": tasks_sha256(wanted.tasks), "parameters": tables, "config": _config(model)}
     arrays: dict[str, np.ndarray] = {}
     if rows is None:
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
         metadata["failed"] = dict.fromkeys(GROUPS, reason)
     else:
-        metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos}
+        metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled}
         kept = _kept(known, metadata["prompts_sha256"], wanted)
         missing = [name for name in GROUPS if name not in kept]
         found = _measure_groups(bridge, layout, rows, missing, variants_of(wanted.horizons, layout.n_layers), show)
+        if "sketch" in missing:
+            heads, absent = sketch.measure_heads(bridge, layout, weights.reason_without_heads(bridge, layout))
+            found["sketch"] = (parameters | heads, absent)
         if "patching" in missing:
             found["patching"] = patching.measure_patching(bridge, checkpoint.folder, wanted.tasks, show)
         if known is not None:
@@ -109,6 +137,31 @@ def _measure(
     metadata["seconds"] = round(time.monotonic() - started, 3)
     metadata["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Record(arrays, metadata)
+
+
+def _rows(model: Any, checkpoint: Checkpoint, texts: list[str] | Prompts, *, built_in: bool) -> Prompts:
+    """Rows of token ids that this model can read. Raises PromptError where given ones are beyond it."""
+    if not isinstance(texts, Prompts):
+        return prompts_for(model, checkpoint.folder, texts, built_in=built_in)
+    vocabulary, largest = model.get_input_embeddings().num_embeddings, max(map(max, texts.rows))
+    if largest >= vocabulary:
+        raise PromptError(
+            f"the prompts hold token id {largest}, but the embedding of {checkpoint.folder} has {vocabulary} rows."
+        )
+    return texts
+
+
+def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
+    """One line where the tokenizer has tokens that the embedding has no row for."""
+    tokenizer, rows = load_tokenizer(checkpoint.folder), model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
+    return [f"the tokenizer has token ids up to {largest}, the embedding {rows} rows"] if largest >= rows else []
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """The configuration as transformers read it, without what says nothing about the function that the model computes."""
+    said = json.loads(model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in sorted(said.items()) if name not in NOT_FUNCTION}
 
 
 def current_groups(record: Record, wanted: Wanted) -> list[str]:
@@ -138,7 +191,19 @@ def _measure_groups(
     bridge: Any, layout: Any, rows: Prompts, wanted: list[str], variants: list[Variant], show: bool
 ) -> dict[str, Found]:
     """Each wanted group; the model is run over the prompts only for groups that need it."""
-    from streamgauge import forward, horizon, neurons, padding, random_input, stream, sublayer_effect, sublayers, weights
+    from streamgauge import (
+        forward,
+        horizon,
+        neurons,
+        padding,
+        prediction,
+        random_input,
+        rounding,
+        stream,
+        sublayer_effect,
+        sublayers,
+        weights,
+    )
 
     meters: dict[str, Any] = {
         "stream": stream.StreamMeter(layout),
@@ -162,6 +227,10 @@ def _measure_groups(
         found["horizon"] = horizon.measure_horizon(bridge, layout, rows, variants, show)
     if "sublayer_effect" in wanted:
         found["sublayer_effect"] = sublayer_effect.measure_sublayer_effect(bridge, layout, rows)
+    if "prediction" in wanted:
+        found["prediction"] = prediction.measure_prediction(bridge, layout, rows, show)
+    if "rounding" in wanted:
+        found["rounding"] = rounding.measure_rounding(bridge, layout, rows, show)
     return found
 
 

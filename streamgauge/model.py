@@ -11,11 +11,14 @@ from streamgauge.checkpoint import Checkpoint
 from streamgauge.errors import CheckpointError
 
 LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
 
 
-def load_model(checkpoint: Checkpoint, device: str) -> Any:
+def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
     """The checkpoint as a plain Hugging Face causal language model: fp32, eager attention, eval mode.
+
+    With the names of the tensors in the files' blocks that the model has no place for.
 
     Raises CheckpointError for an architecture that transformers or the bridge does not know, and for weights that do
     not fill the model that config.json describes.
@@ -65,11 +68,21 @@ def load_model(checkpoint: Checkpoint, device: str) -> Any:
             "its config belongs to another model."
         )
     try:
-        return model.to(device).eval()
+        return model.to(device).eval(), _unread(model, loading["unexpected_keys"])
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"the device {device!r} cannot be used ({_first_line(error)}); name another with --device."
         ) from error
+
+
+def _unread(model: Any, unexpected: Any) -> list[str]:
+    """Of the names that the model has no place for those in its own blocks, but for buffers that old versions saved.
+
+    A checkpoint with other parts beside the language model has blocks of theirs, which are none of ours.
+    """
+    own = {name[: found.end()] for name in model.state_dict() if (found := LAYER.search(name))}
+    inside = [name for name in sorted(unexpected) if (found := LAYER.search(name)) and name[: found.end()] in own]
+    return [name for name in inside if not name.endswith(BUFFERS)]
 
 
 def _layer(name: str) -> int:

@@ -10,13 +10,14 @@ MODULES = (
     "fixtures.options",
     "fixtures.subjects",
     "fixtures.circuits",
+    "fixtures.baseline",
     "fixtures.distribution",
     "fixtures.records",
     "fixtures.check",
     "fixtures.rows",
     "reports.plugin",
 )
-TAKE_PATHS = ("--model", "--record", "--prompts", "--store", "--report", "--circuits")
+TAKE_PATHS = ("--model", "--record", "--prompts", "--store", "--report", "--circuits", "--baseline")
 
 pytest_plugins = [PREFIX + name for name in MODULES]
 

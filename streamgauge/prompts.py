@@ -16,11 +16,12 @@ USABLE_SHARE = 0.9  # of a prompt set's characters that must survive encoding an
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows of token ids, how they came about, and whether each opens with the model's BOS token."""
+    """Rows of token ids, how they came about, the model's BOS token where each opens with it, and whether it wrote them."""
 
     rows: list[list[int]]
     source: str
     bos: int | None
+    sampled: bool = False
 
     def sha256(self) -> str:
         """Hash of the token ids."""
@@ -136,4 +137,4 @@ def sample(model: Any, *, bos: int | None, context: int, vocabulary: int) -> Pro
             past, odds = output.past_key_values, output.logits[:, -1].float().softmax(-1).cpu()
             ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator).to(ids.device)], 1)
     source = f"{SAMPLED_PROMPTS} rows of {ids.shape[1]} tokens sampled from the model: no tokenizer that can write the prompts"
-    return Prompts(ids.tolist(), source, bos)
+    return Prompts(ids.tolist(), source, bos, sampled=True)

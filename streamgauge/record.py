@@ -48,6 +48,16 @@ sublayer_effect/attn_share  (n_layers, n_pred)  attn_out·final / ‖final‖²,
 sublayer_effect/attn_size   (n_layers, n_pred)  ‖attn_out‖ over the scale that the last norm divides the final residual by
 sublayer_effect/largest_row (1,)                largest norm of a row of the unembedding, the last norm's gain folded in
 patching/TASK               (n_layers, n_heads) part of a task that each head's output, patched in, brings back; TASK.n_pairs
+sketch/parameters           (n_params, 16)      sketches of every tensor (see `streamgauge.sketch`), named in the metadata
+sketch/norms                (n_params,)         their Frobenius norms, as the file has them
+sketch/W_Q, W_K, W_V, W_O   (n_layers, heads, 16) sketches by head
+prediction/token            (n_tok,)            token ids
+prediction/loss             (n_tok,)            of the next token, nats; 0 and is_last at the last token of each prompt
+prediction/entropy, first   (n_tok,)            entropy of what is predicted, nats, and the token that is most likely
+prediction/later_changes    (n_layers+1,)       relative change of the stream at first tokens when later ones are exchanged
+prediction/row_sum_error    (n_layers,)         largest |Σ - 1| of an attention row; future_weight: largest on a later position
+rounding/resid              (8, n_layers+1)     change of log norms a unit of relative noise on every weight, by draw; attn_out,
+                                                mlp_out and loss likewise (see `streamgauge.rounding`)
 padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
 ==========================  ==================  =======================================================
 
@@ -82,6 +92,9 @@ OTHERS = {
     "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",
+    "sketch": "parameters norms W_Q W_K W_V W_O",
+    "prediction": "token loss is_last entropy first later_changes row_sum_error future_weight",
+    "rounding": "resid attn_out mlp_out loss",
     "horizon": "k clean_loss tokens loss.dropped.recomputed.mean.everywhere",
     "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size mlp_kl mlp_loss mlp_frozen_kl "
     "mlp_frozen_loss mlp_share mlp_size largest_row",

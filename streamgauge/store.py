@@ -11,7 +11,7 @@ from streamgauge.checkpoint import Checkpoint, weights_sha256
 from streamgauge.circuits import Task
 from streamgauge.errors import NotMeasured, RecordError, StoreError
 from streamgauge.measure import Wanted, is_current, measure
-from streamgauge.prompts import read_prompts
+from streamgauge.prompts import Prompts, read_prompts
 from streamgauge.record import Record, write_whole
 
 KEY = "instrument 1"  # the way keys are made; records made by that instrument are found, and gain what they lack
@@ -53,13 +53,14 @@ class Store:
         device: str,
         horizons: str = "default",
         tasks: Sequence[Task] = (),
+        rows: Prompts | None = None,
         show: bool = False,
     ) -> Record:
-        """The stored record of this very checkpoint, or a new one, measured and stored.
+        """The stored record of this very checkpoint, or a new one, measured and stored; rows: token ids in place of prompts.
 
         A damaged one is measured again; one of an older instrument is measured again where that is out of date.
         """
-        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device)}.safetensors"
+        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device, rows)}.safetensors"
         known: Record | None = None
         if path.is_file():
             try:
@@ -68,19 +69,21 @@ class Store:
                 path.unlink(missing_ok=True)
         if known is not None and is_current(known, Wanted(horizons, tuple(tasks))):
             return known
-        record = measure(checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, known=known, show=show)
+        record = measure(
+            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, rows=rows, known=known, show=show
+        )
         if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         record.save(path)
         return record
 
-    def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str) -> str:
+    def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str, rows: Prompts | None = None) -> str:
         """What a measurement depends on, as one hash."""
         beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".json", ".model", ".txt")]
         parts = [
             self._weights_sha256(checkpoint),
             *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in beside_weights if p.is_file()),
-            hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
+            rows.sha256() if rows else hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
             f"built-in {prompts is None}",
             f"device {device}",
             KEY,

@@ -50,13 +50,16 @@ def sound_record(
         "stream/is_bos": position == 0,
         "stream/is_padding": np.zeros(position.size, bool),
     }
+    arrays |= _predictions(n_layers, position)
     arrays |= _beside_the_stream(n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1), pre + attn + mlp)
     defaults = {
         "model": model,
         "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
         "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []}, "convention": "folded, centred",
         "revision": "test", "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu",
-        "versions": {}, "centres": True, "parallel": False,
+        "versions": {}, "centres": True, "parallel": False, "sampled": False,
+        "config": {"n_head": N_HEADS, "activation": "gelu"},
+        "parameters": [{"name": f"h.{n}.mlp.c_fc.weight", "shape": [D_MODEL, D_MODEL]} for n in range(n_layers)],
     }  # fmt: skip
     return Record(arrays, defaults | metadata)
 
@@ -86,6 +89,20 @@ def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np
         "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
     }  # fmt: skip
     return {f"weights/{name}": values for name, values in weights.items()} | others | _depth(n_layers)
+
+
+def _predictions(n_layers: int, position: np.ndarray) -> dict[str, np.ndarray]:
+    """Predictions better than counting, nothing that leaks, and what a comparison needs."""
+    is_last = position == LENGTH - 1
+    return {
+        "prediction/token": np.random.default_rng(1).integers(0, 50, position.size).astype(np.int32),
+        "prediction/loss": np.where(is_last, 0, 2.0).astype(np.float32), "prediction/is_last": is_last,
+        "prediction/first": np.zeros(position.size, np.int32), "prediction/later_changes": np.zeros(n_layers + 1),
+        "prediction/row_sum_error": np.full(n_layers, 1e-7), "prediction/future_weight": np.zeros(n_layers),
+        "sketch/parameters": np.random.default_rng(2).normal(size=(n_layers, 16)), "sketch/norms": np.ones(n_layers),
+        "rounding/resid": np.full((8, n_layers + 1), 0.3), "rounding/attn_out": np.full((8, n_layers), 0.3),
+        "rounding/mlp_out": np.full((8, n_layers), 0.3), "rounding/loss": np.ones((8, 1)),
+    }  # fmt: skip
 
 
 def _depth(n_layers: int) -> dict[str, np.ndarray]:

@@ -222,3 +222,17 @@ def test_the_closed_form_of_the_mlp_is_what_the_block_adds(name: str) -> None:
     with torch.no_grad():
         answer = run_mlp(bridge.blocks[1], layout, seen["mlp.hook_in"])
     torch.testing.assert_close(answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_rounding_leaves_the_weights_as_they_were(name: str) -> None:
+    from streamgauge.rounding import measure_rounding
+
+    model = models.random_model(name)
+    bridge = build_bridge(model)
+    layout = probe_layout(bridge)
+    before = {key: value.clone() for key, value in bridge.original_model.state_dict().items()}
+    arrays, _ = measure_rounding(bridge, layout, Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1), show=False)
+    for key, value in bridge.original_model.state_dict().items():
+        assert torch.equal(before[key], value), key
+    assert (arrays["resid"] > 0).all() and (arrays["loss"] > 0).all()

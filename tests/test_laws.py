@@ -228,6 +228,30 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
         DECLARED,
         _of("any", "weights/W_QK_spectral", lambda x: x * 2 ** np.arange(16)[:, None], 16),
     ),
+    ("attention/causality", "leaks", _of("any", "prediction/later_changes", lambda x: x + 1e-3)),
+    ("attention/causality", "sees-later-tokens", _of("any", "prediction/future_weight", lambda x: x + 1e-6)),
+    ("attention/causality", "rows-not-one", _of("any", "prediction/row_sum_error", lambda x: x + 1e-4)),
+    ("attention/causality", "not-a-number", _of("any", "prediction/later_changes", lambda x: x * np.nan)),
+    ("predictions/beats_unigram", "worse-than-counting", _of("any", "prediction/loss", lambda x: 3 * x)),
+    ("predictions/beats_unigram", "not-a-number", _of("any", "prediction/loss", lambda x: x * np.nan)),
+    ("regression/config", "other-heads", lambda: sound_record(config={"n_head": 2, "activation": "gelu"})),
+    ("regression/config", "entry-missing", lambda: sound_record(config={"activation": "gelu"})),
+    (
+        "regression/weights",
+        "scaled",
+        _of("any", "sketch/parameters", lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x), 16),
+    ),
+    ("regression/weights", "not-a-number", _of("any", "sketch/parameters", lambda x: x * np.nan, 16)),
+    ("regression/norms", "larger", _of("any", "weights/W_out_raw", lambda x: x * 1.001, 16)),
+    ("regression/norms", "smaller", _of("any", "weights/W_O_raw", lambda x: x * 0.999, 16)),
+    ("regression/activations", "larger", _of("any", "stream/resid_pre", lambda x: x * 1.0001, 16)),
+    ("regression/activations", "not-a-number", _of("any", "stream/mlp_out", lambda x: x * np.nan, 16)),
+    ("regression/predictions", "other-losses", _of("any", "prediction/loss", lambda x: x * 1.001, 16)),
+    (
+        "regression/predictions",
+        "other-tokens",
+        _of("any", "prediction/token", lambda x: np.append(x[:-1], 99).astype(np.int32), 16),
+    ),
     ("depth/earlier_outputs_fade", "gpt2-xl", _xl("stream/resid_pre", _flat)),
     ("depth/earlier_outputs_fade", "gpt2-xl", _xl("sublayers/pre_dot_mlp_0", lambda x: x * 1.06 ** np.arange(48)[:, None])),
     ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.where(np.arange(len(x))[:, None] < len(x) - 1, x + 1, x))),
@@ -256,7 +280,11 @@ def test_fails_on_its_negative_control(
     Record(record.arrays, record.metadata | {"model": name}).save(tmp_path / f"{name}.safetensors")
     folder, test = law.split("/")
     law_file = f"invariants/{folder}/test_{test}.py"
-    found = audit("--record", tmp_path / f"{name}.safetensors", "--circuits", OWN_CIRCUITS, laws=law_file)
+    options: list[object] = ["--circuits", OWN_CIRCUITS]
+    if folder == "regression":
+        sound_record().save(tmp_path / "sound.safetensors")
+        options += ["--baseline", tmp_path / "sound.safetensors"]
+    found = audit("--record", tmp_path / f"{name}.safetensors", *options, laws=law_file)
     assert found.exit == 1
     assert found.row(law)["outcome"] == "fail", found.row(law)
     assert found.row(law)["margin"] is None or found.row(law)["margin"] <= 0

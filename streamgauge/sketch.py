@@ -1,0 +1,95 @@
+"""The `sketch` group: sixteen numbers a tensor, by which the distance of two checkpoints' tensors can be told.
+
+A sketch is s_k = aᵀ_k W b_k with vectors of random signs that depend on the shape alone. For two tensors of one shape, the
+sketch of their difference D is the difference of their sketches, and the mean of s_k² is ‖D‖²_F: how far a tensor moved is seen
+from two records, whatever the change left alone of its norm.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.model import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+SKETCHES = 16
+ROWS = 8192  # of a tensor are taken to fp64 at once
+HEADS = ("W_Q", "W_K", "W_V", "W_O")
+
+
+def signs(length: int, side: int) -> np.ndarray:
+    """Random signs, (SKETCHES, length), the same for every axis of this length on this side (0 left, 1 right)."""
+    # RandomState, because its stream is frozen: sketches must be comparable for years.
+    return np.random.RandomState([length % 2**32, side]).randint(0, 2, (SKETCHES, length)).astype(np.int8) * 2 - 1
+
+
+def sketch(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Sketches of a tensor's last two axes, (…, SKETCHES), in fp64. A vector counts as a row."""
+    import torch
+
+    rows = tensor.detach()
+    rows = rows[None] if rows.dim() < 2 else rows
+    left = torch.as_tensor(signs(rows.shape[-2], 0), device=rows.device).double()
+    right = torch.as_tensor(signs(rows.shape[-1], 1), device=rows.device).double()
+    total = torch.zeros((*rows.shape[:-2], SKETCHES), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[-2], ROWS):
+        part = rows[..., start : start + ROWS, :].double() @ right.T
+        total += (part * left[:, start : start + ROWS].T).sum(-2)
+    return total
+
+
+def measure_parameters(model: Any) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Sketches (n, SKETCHES) and norms (n,) of all parameters of a plain model, and each one's name and shape."""
+    import torch
+
+    tables: list[dict[str, Any]] = []
+    sketches, norms = [], []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter
+            tables.append({"name": name, "shape": list(parameter.shape)})
+            sketches.append(sketch(whole).cpu().numpy())
+            norms.append(float(torch.linalg.vector_norm(whole, dtype=torch.float64)))
+    return {"parameters": np.array(sketches), "norms": np.array(norms)}, tables
+
+
+def measure_heads(bridge: Any, layout: Layout, no_heads: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Sketches of each head's matrices, (n_layers, n_heads, SKETCHES), and why they are absent."""
+    if no_heads:
+        return {}, dict.fromkeys(HEADS, no_heads)
+    return {name: np.stack(list(_by_layer(bridge, name))) for name in HEADS}, {}
+
+
+def _by_layer(bridge: Any, name: str) -> Iterator[np.ndarray]:
+    import torch
+
+    with torch.no_grad():
+        for block in bridge.blocks:
+            yield sketch(getattr(block.attn, name)).cpu().numpy()
+
+
+def moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Distance of tensors by their sketches, (…,): root mean square, which estimates ‖new - old‖_F to about a fifth."""
+    return np.asarray(np.sqrt(((new - old) ** 2).mean(-1)))
+
+
+def surely_moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """A quarter of the median of |s_new - s_old| over sketches: ‖new - old‖_F is larger, but for one tensor in 3·10⁷.
+
+    E s⁴ ≤ 9 ‖D‖⁴ for two-sided random signs (Khinchine's inequality, once a side), so |s| > 4 ‖D‖ has a probability of 9/256 at
+    most (Markov), and half of sixteen do with one of C(16, 8) (9/256)⁸ = 3·10⁻⁸.
+    """
+    middle = np.sort(np.abs(new - old), axis=-1)[..., SKETCHES // 2 - 1]
+    return np.asarray(middle / 4)
+
+
+def factor(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
+    """The factor c that brings a tensor closest to another, by sketches, and what is left, relative to it."""
+    size = float(old @ old)
+    if size == 0:
+        return float("nan"), float("inf")
+    c = float(new @ old) / size
+    return c, float(np.linalg.norm(new - c * old) / np.linalg.norm(old))

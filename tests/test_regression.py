@@ -1,0 +1,201 @@
+"""A comparison with a baseline finds every fault of the catalogue, says where it sits, and is quiet on harmless changes."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+import streamgauge
+from streamgauge import sketch
+from streamgauge.compare import beyond, differences
+from streamgauge.record import Record
+from tests import faults, models
+from tests.conftest import Audit, shared_checkpoint
+
+MEASURED = ("stream", "weights", "sketch", "prediction", "rounding")  # the groups that a comparison looks at
+CONFIGS = {
+    "gpt2": lambda: tf.GPT2Config(**models.GPT2 | {"n_layer": 5}),
+    "llama": lambda: tf.LlamaConfig(**models.LLAMA | {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 8}),
+}
+SIGNS = [[1, 1, -1, -1, -1, -1], [1, -1, -1, 1, -1, 1]]  # the first draw of length 6, left and right
+NAMES = [*CONFIGS, "stories260K", "makemore_lmj9"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_compared() -> Iterator[None]:
+    """Other groups take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("streamgauge.measure")
+        patch.setattr(module, "GROUPS", {name: module.GROUPS[name] for name in MEASURED})
+        yield
+
+
+def _random(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return models.save(model, folder)
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Record]]:
+    """A checkpoint folder by name, and its record; made once."""
+    known: dict[str, tuple[Path, Record]] = {}
+
+    def get(name: str) -> tuple[Path, Record]:
+        if name not in known:
+            folder = _random(name, tmp_path_factory.mktemp(name) / name) if name in CONFIGS else shared_checkpoint(name)
+            known[name] = folder, streamgauge.measure(folder)
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_faults_are_found_and_located(name: str, baselines: Any, tmp_path: Path) -> None:
+    folder, record = baselines(name)
+    missed, misplaced, tried = [], [], 0
+    for number, fault in enumerate(faults.FAULTS):
+        if (changed := faults.Files(folder)) and fault.change(changed) is not False:
+            tried += 1
+            verdict = faults.compare_with(record, changed.write(tmp_path / str(number)))
+            missed += [] if verdict.found else [fault.name]
+            misplaced += [] if verdict.locates(fault) else [(fault.name, verdict.says)]
+    assert tried >= 25
+    assert not missed
+    assert not misplaced
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_harmless_changes_raise_no_alarm(name: str, baselines: Any, tmp_path: Path) -> None:
+    folder, record = baselines(name)
+    targets = {"in three files": faults.reshard(folder, tmp_path / "shards")}
+    for number, (what, change) in enumerate(faults.HARMLESS.items()):
+        if (changed := faults.Files(folder)) and change(changed) is not False:
+            targets[what] = changed.write(tmp_path / str(number))
+    alarms = {what: verdict.says for what, target in targets.items() if (verdict := faults.compare_with(record, target)).found}
+    assert not alarms
+
+
+def test_other_arithmetic_raises_no_alarm(baselines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other batches and another number of threads add up in another order, as another machine would."""
+    folder, record = baselines("gpt2")
+    monkeypatch.setattr("streamgauge.forward.BATCH_TOKENS", 48)
+    monkeypatch.setattr("streamgauge.prediction.BATCH_TOKENS", 48)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        assert not faults.compare_with(record, folder).found
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_another_order_of_prompts_raises_no_alarm(baselines: Any) -> None:
+    from streamgauge.compare import rows_to_share
+    from streamgauge.prompts import Prompts
+
+    folder, record = baselines("llama")
+    rows = rows_to_share(record)
+    assert rows is not None
+    turned = streamgauge.measure(folder, rows=Prompts(rows.rows[::-1], rows.source, rows.bos, sampled=True))
+    assert not [one for compared in differences(record, turned).values() for one in beyond(compared)]
+
+
+def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gpt2 import modeling_gpt2
+
+    folder, record = baselines("gpt2")
+    make = modeling_gpt2.create_causal_mask
+    monkeypatch.setattr(modeling_gpt2, "create_causal_mask", lambda *a, **k: torch.zeros_like(make(*a, **k)))
+    verdict = faults.compare_with(record, folder)
+    assert verdict.found and "layer 0 attn" in verdict.says
+    leaking = streamgauge.measure(folder)
+    assert leaking.array("prediction/later_changes").max() > 1e-3
+    assert leaking.array("prediction/future_weight").max() > 1e-3
+
+
+def test_sketches_estimate_distances() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(200, 96)
+    moved = weight + 0.01 * torch.randn(200, 96)
+    one, other = sketch.sketch(weight).numpy(), sketch.sketch(moved).numpy()
+    assert sketch.moved(one, other) == pytest.approx(float((moved - weight).norm()), rel=0.5)
+    assert sketch.surely_moved(one, other) < float((moved - weight).norm())
+    assert sketch.surely_moved(one, sketch.sketch(weight[torch.randperm(200)]).numpy()) > 0.05 * float(weight.norm())
+    stacked = torch.stack([weight, moved])
+    np.testing.assert_allclose(sketch.sketch(stacked).numpy(), np.stack([one, other]), rtol=1e-9)
+
+
+def test_sketches_raise_no_false_alarm() -> None:
+    """The worst case for them, a difference of rank one, and the usual one; ten thousand draws of signs, none beyond."""
+    rng = np.random.RandomState(1)
+    for rank in (1, 8):
+        left, right = rng.randn(40, rank), rng.randn(30, rank)
+        difference = left @ right.T
+        a, b = (rng.randint(0, 2, (10_000, 16, n)) * 2 - 1 for n in (40, 30))
+        s = np.einsum("dki,ij,dkj->dk", a, difference, b, optimize=True)
+        assert (sketch.surely_moved(np.zeros_like(s), s) <= np.linalg.norm(difference)).all()
+
+
+def test_signs_never_change() -> None:
+    """Records are compared years later."""
+    assert sketch.signs(6, 0)[0].tolist() == SIGNS[0] and sketch.signs(6, 1)[0].tolist() == SIGNS[1]
+
+
+def test_an_audit_with_a_baseline(baselines: Any, audit: Callable[..., Audit], tmp_path: Path) -> None:
+    folder, record = baselines("gpt2")
+    files = faults.Files(folder)
+    files["W_in"] = files["W_in"] * 1.1
+    broken = files.write(tmp_path / "new")
+    found = audit("--model", broken, "--baseline", folder, "-m", "regression")
+    assert found.exit == 1 and set(found.outcomes()) == {f"regression/{k}" for k in differences(record, record)}
+    row = found.row("regression/weights")
+    assert row["kind"] == "regression" and row["outcome"] == "fail" and f"layer {faults.LAYER} mlp" in row["reason"]
+    assert "×1.1" in row["reason"] and "--baseline" in row["reproduce"]
+    assert found.row("regression/config")["outcome"] == "pass"
+    again = audit("--model", folder, "--baseline", tmp_path / "report" / "records" / "new.safetensors", "-m", "regression")
+    assert again.row("regression/weights")["outcome"] == "fail"
+    rows = tmp_path / "kept.jsonl"
+    rows.write_text((tmp_path / "report" / "rows.jsonl").read_text().replace('"records/', f'"{tmp_path}/report/records/'))
+    assert audit("--model", folder, "--baseline", rows, "-m", "regression").exit in (0, 1)
+
+
+def test_without_a_baseline_nothing_is_compared(baselines: Any, audit: Callable[..., Audit]) -> None:
+    folder, _ = baselines("gpt2")
+    assert not [law for law in audit("--model", folder, "-k", "weights or causality").outcomes() if "regression" in law]
+
+
+def test_baselines_that_lead_nowhere(run_pytest: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"record": None}))
+    for wrong, says in (
+        ("gpt3", "nearest"),
+        (tmp_path / "no.safetensors", "there is no record"),
+        (tmp_path / "rows.jsonl", "0 models"),
+    ):
+        done = run_pytest("invariants", "--model", "pystdlib-3m", "--baseline", wrong)
+        assert done.returncode == 4 and says in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_diff_prints_a_table(baselines: Any, run_streamgauge: Any, tmp_path: Path) -> None:
+    folder, record = baselines("llama")
+    files = faults.Files(folder)
+    files["W_out"] = -files["W_out"]
+    changed = streamgauge.measure(files.write(tmp_path / "new"))
+    record.save(tmp_path / "old.safetensors")
+    changed.save(tmp_path / "new.safetensors")
+    done = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    assert done.returncode == 1
+    assert f"layer {faults.LAYER} mlp model.layers.{faults.LAYER}.mlp.down_proj.weight  sign turned, ×-1" in done.stdout
+    assert "config: 0 of" in done.stdout
+    same = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "old.safetensors")
+    assert same.returncode == 0 and "differ" in same.stdout
+    wrong = run_streamgauge("diff", tmp_path / "old.safetensors", "gpt2-xxl")
+    assert wrong.returncode == 4 and "nearest" in wrong.stderr
