@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .compared import compared
 from .curves import (
     BLUE,
     BROWN,
@@ -43,8 +44,9 @@ def figures(rows: list[Row]) -> list[Figure]:
     if record is None:
         return []
     arrays, by_law = _read(Path(record)), {row["law"]: row for row in rows}
+    before = next((row["baseline"] for row in rows if row["baseline"] and Path(row["baseline"]).is_file()), None)
     drawn = [draw(arrays, by_law) for draw in FIGURES]
-    return [made for made in drawn if made is not None]
+    return (compared(arrays, _read(Path(before))) if before else []) + [made for made in drawn if made is not None]
 
 
 def _read(path: Path) -> Arrays:

@@ -29,7 +29,8 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
         for row in found:
             if row["model"] in taken:
                 row["model"] = next(name for n in itertools.count(2) if (name := f"{row['model']} (run {n})") not in taken)
-            row["record"] = str(path.parent / row["record"]) if row["record"] else None
+            for name in ("record", "baseline"):
+                row[name] = str(path.parent / row[name]) if row[name] else None
         rows += found
     return rows
 

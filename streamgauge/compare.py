@@ -17,6 +17,7 @@ from streamgauge.prompts import Prompts
 from streamgauge.record import Record
 from streamgauge.sketch import HEADS, factor, moved, surely_moved
 
+LISTED = 50  # differences of a kind that a page lists
 FALSE_ALARMS = 1e-3  # of a whole comparison
 UNIT = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3}
 SUBNORMAL = 2.0**-25  # largest absolute error of fp16 where numbers are too small for its exponent

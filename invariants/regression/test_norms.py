@@ -10,7 +10,7 @@ Applies to: audits with --baseline.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import compare_norms, summary, worst
+from streamgauge.compare import LISTED, beyond, compare_norms, summary, worst
 from streamgauge.record import Record
 
 ALLOWED = below(1, "rounding of the two dtypes (Higham 2002, §3.5)")
@@ -19,4 +19,7 @@ ALLOWED = below(1, "rounding of the two dtypes (Higham 2002, §3.5)")
 @pytest.mark.regression
 def test_norms(record: Record, baseline: Record, check) -> None:
     found = compare_norms(baseline, record)
-    check(worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found))
+    details = list(map(str, beyond(found)[:LISTED]))
+    check(
+        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
+    )

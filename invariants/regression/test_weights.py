@@ -10,7 +10,7 @@ Applies to: audits with --baseline of a record with sketches.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import compare_weights, summary, worst
+from streamgauge.compare import LISTED, beyond, compare_weights, summary, worst
 from streamgauge.record import Record
 
 ALLOWED = below(1, "rounding of the two dtypes; for sketches Khinchine and Markov, less than 3e-8 a tensor")
@@ -19,4 +19,7 @@ ALLOWED = below(1, "rounding of the two dtypes; for sketches Khinchine and Marko
 @pytest.mark.regression
 def test_weights(record: Record, baseline: Record, check) -> None:
     found = compare_weights(baseline, record)
-    check(worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found))
+    details = list(map(str, beyond(found)[:LISTED]))
+    check(
+        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
+    )
