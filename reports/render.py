@@ -13,11 +13,14 @@ from .figures import figures
 from .summary import summary
 
 Row = dict[str, Any]
-ORDER = ("fail", "error", "pass", "not_applicable")
-WORDS = {"pass": "holds", "fail": "fails", "error": "not measured", "not_applicable": "not applicable"}
+ORDER = ("fail", "error", "known_failure", "pass", "not_applicable")
+WORDS = {
+    "pass": "holds", "fail": "fails", "error": "not measured", "known_failure": "fails as known",
+    "not_applicable": "not applicable",
+}  # fmt: skip
 ANSWERS = ("attention/hard_coded_growth", "mlp/hard_coded_growth", "attention/gain_share", "mlp/gain_share")
 ACROSS = ""  # the model of a figure that is about all of them
-SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "not_applicable": "–"}
+SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_applicable": "–"}
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
@@ -36,31 +39,32 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 
 def render(rows: Iterable[Path], folder: Path) -> None:
-    """Write report.html and summary.md into a folder, from rows.jsonl files."""
+    """Write report.html, summary.md and badge.svg into a folder, from rows.jsonl files."""
     read = read_rows(rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page(read), encoding="utf-8")
     (folder / "summary.md").write_text(summary(read), encoding="utf-8")
+    (folder / "badge.svg").write_text(badge(read), encoding="utf-8")
+
+
+def badge(rows: list[Row]) -> str:
+    """A small picture for a README: how many laws hold, or how many do not."""
+    count = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER}
+    bad = count["fail"] + count["error"]
+    says, colour = (f"{bad} of {bad + count['pass']} fail", "#c62828") if bad else (f"{count['pass']} laws hold", "#2e7d32")
+    return str(_environment().get_template("badge.svg").render(says=says, colour=colour))
 
 
 def page(rows: list[Row]) -> str:
     """One HTML file that needs no network."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader(__package__, "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment()
     environment.filters["number"] = number
     environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source, "answers": ANSWERS}
     models = list(dict.fromkeys(row["model"] for row in rows))
     answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
     across = horizon_and_growth(rows)
     drawn = {model: figures([row for row in rows if row["model"] == model]) for model in models}
-    return environment.get_template("report.html").render(
+    made = environment.get_template("report.html").render(
         rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
         troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
         models=models,
@@ -72,6 +76,19 @@ def page(rows: list[Row]) -> str:
         counts={outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER},
         across=across,
         figures=drawn | ({ACROSS: [across]} if across else {}),
+    )
+    return str(made)
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader(__package__, "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = ("pass", "fail", "error", "not_applicable")
-TITLES = ("holds", "fails", "not measured", "not applicable")
+COLUMNS = ("pass", "fail", "error", "known_failure", "not_applicable")
+TITLES = ("holds", "fails", "not measured", "fails as known", "not applicable")
 
 
 def summary(rows: list[Row]) -> str:

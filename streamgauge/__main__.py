@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         default="default",
         help="variants of the layer horizon (default: the published)",
     )
+    measuring.add_argument("--allow-pickle", action="store_true", help="open pickled weights, tensors only")
     measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("old", help="a folder, a catalogued name, a hub repository, or a record FILE.safetensors")
     comparing.add_argument("new", help="likewise")
     comparing.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
+    comparing.add_argument("--allow-pickle", action="store_true", help="open pickled weights, tensors only")
     comparing.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     comparing.add_argument("--store", type=Path, metavar="DIR", help="keep records here (default: the platform's cache folder)")
     comparing.add_argument("--all", action="store_true", help="every difference, rather than the ten largest of a kind")
@@ -78,16 +80,16 @@ def _laws(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from streamgauge.checkpoint import open_checkpoint
     from streamgauge.measure import measure
+    from streamgauge.record import Record
+    from streamgauge.store import default_store
 
-    record = measure(
-        _location(options.model),
-        revision=options.revision,
-        prompts=options.prompts,
-        device=options.device,
-        horizons=options.horizons,
-        show=True,
-    )
+    if options.output.is_file():
+        Record.load(options.output)  # raises where somebody else's file would be overwritten
+    converted = default_store() / "converted" if options.allow_pickle else None
+    checkpoint = open_checkpoint(_location(options.model), options.revision, converted=converted)
+    record = measure(checkpoint, prompts=options.prompts, device=options.device, horizons=options.horizons, show=True)
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
 
@@ -115,7 +117,8 @@ def _diff(options: argparse.Namespace) -> int:
     def record_of(name: str, rows: Any = None) -> Record:
         if Path(name).is_file():
             return Record.load(name)
-        checkpoint = open_checkpoint(_location(name))
+        converted = store.folder / "converted" if options.allow_pickle else None
+        checkpoint = open_checkpoint(_location(name), converted=converted)
         return store.record(checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True)
 
     old = record_of(options.old)
@@ -125,9 +128,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from streamgauge.store import prepare_report
+
     for path in options.rows:
         if not path.is_file():
             raise UnknownModelError(f"there is no file {path}; name the rows.jsonl that pytest --report wrote.")
+    prepare_report(options.output, "-o")
     try:
         _part("reports.render").render(options.rows, options.output)
     except (ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
+from streamgauge.untrusted import read_json, refuse_counts, refuse_large_texts, refuse_links
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,27 +32,30 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        config: dict[str, Any] = _read_json(self.folder / "config.json")
+        config: dict[str, Any] = read_json(self.folder / "config.json")
         return config
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None, *, fetch: bool = True) -> Checkpoint:
+def open_checkpoint(
+    name: str | Path, revision: str | None = None, *, fetch: bool = True, converted: Path | None = None
+) -> Checkpoint:
     """The checkpoint in a folder, in the hub cache, or (fetch) on the Hugging Face hub.
 
-    A folder on this machine goes before a hub repository of the same name.
+    A folder on this machine goes before a hub repository of the same name. converted: where to keep safetensors made of
+    pickled weights, which are refused without it; nothing but tensors is unpickled.
     Raises UnknownModelError, HubError, or CheckpointError where its files are missing, pickled or damaged.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _inspect(folder.resolve().name, folder.resolve(), revision)
+        return _inspect(folder.resolve().name, _unpickled(folder.resolve(), converted), revision)
     if folder.is_file() or str(name).startswith((".", "/", "~")):
         raise UnknownModelError(f"{name} is not a folder with a checkpoint; name a folder or a hub repository.")
     snapshot = _cached_snapshot(str(name), revision)
     if snapshot is None:
         if not fetch:
             raise UnknownModelError(f"{name} is not in the hub cache of this machine; name it with --model to fetch it.")
-        snapshot = _download(str(name), revision)
-    return _inspect(str(name), snapshot, revision or snapshot.name)
+        snapshot = _download(str(name), revision, WANTED_FROM_HUB + (["*.bin"] if converted else []))
+    return _inspect(str(name), _unpickled(snapshot, converted), revision or snapshot.name)
 
 
 def is_cached(repository: str) -> bool:
@@ -80,7 +86,7 @@ def _is_whole(folder: Path) -> bool:
     return (folder / SINGLE).is_file()
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -92,7 +98,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     where = repository if revision is None else f"{repository} at revision {revision}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED_FROM_HUB))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except GatedRepoError:
         raise HubError(f"the hub keeps {where} behind a licence; accept it there and log in with `hf auth login`.") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -107,14 +113,54 @@ def _download(repository: str, revision: str | None) -> Path:
 def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; name the folder that save_pretrained wrote.")
-    config = _read_json(folder / "config.json")
+    refuse_links(folder)
+    refuse_large_texts(folder)
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "transformers_weights" in config:
         raise CheckpointError(f"{folder / 'config.json'} is no configuration, or names weight files of its own; refused.")
     files = tuple(_weight_files(folder))
     for file in files:
         with _open(file):
             pass
-    return Checkpoint(name, folder, files, revision)
+    checkpoint = Checkpoint(name, folder, files, revision)
+    refuse_counts(folder / "config.json", config, len(tensor_names(checkpoint)))
+    return checkpoint
+
+
+def _unpickled(folder: Path, converted: Path | None) -> Path:
+    """The folder, or one with safetensors made of its pickled weights where it has nothing else and that is allowed."""
+    pickles = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    if converted is None or not pickles or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return folder
+    refuse_links(folder)
+    digest = hashlib.sha256("".join(_sha256(path) for path in pickles).encode()).hexdigest()
+    target = converted / digest[:32] / folder.name
+    if not (target / INDEX).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        _convert(pickles, target)
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".model", ".txt", ".tiktoken") and not path.name.endswith(".index.json"):
+            shutil.copy(path, target)
+    return target
+
+
+def _convert(pickles: list[Path], target: Path) -> None:
+    """Write each file's tensors as safetensors, and an index last. Raises CheckpointError for files of anything else."""
+    import torch
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(pickles, 1):
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} holds more than tensors, or is damaged ({type(error).__name__}); refused.") from None
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise CheckpointError(f"{path} is not a table of tensors; refused.")
+        name = f"model-{number:05d}-of-{len(pickles):05d}.safetensors"
+        save_file({str(key): t.detach().clone().contiguous() for key, t in tensors.items()}, target / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(map(str, tensors), name)
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -135,25 +181,18 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
         raise CheckpointError(
             f"{folder} holds pickled weights only, which can run code when they are opened; "
-            "convert them with save_pretrained(safe_serialization=True) where you trust them."
+            "give --allow-pickle where you trust them, or convert them with save_pretrained."
         )
     raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there.")
 
 
 def _shards(folder: Path) -> set[str]:
     """The files that an index names."""
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to files; copy the checkpoint again.")
     return set(weight_map.values())
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); copy the checkpoint again.") from error
 
 
 @contextmanager
@@ -187,6 +226,18 @@ def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:
         with _open(path) as file:
             names.update(dict.fromkeys(file.keys(), path))
     return names
+
+
+def count_elements(checkpoint: Checkpoint) -> int:
+    """How many numbers the files hold, by their headers: of packed ones eight to an int32 and four to a byte."""
+    packed = {"I32": 8, "U8": 4, "I8": 4}
+    total = 0
+    for path in checkpoint.files:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                total += math.prod(part.get_shape()) * packed.get(part.get_dtype(), 1)
+    return total
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> str:

@@ -1,12 +1,16 @@
 """What can go wrong, each error one sentence that says what is wrong and what to do."""
 
 
+def printable(text: str) -> str:
+    """A text with nothing that a terminal would act on: names in it may come from a checkpoint."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class StreamgaugeError(Exception):
     """Base of every error that streamgauge raises on purpose; its text is written for the user."""
 
     def __str__(self) -> str:
-        # Names in it may come from a checkpoint: nothing that a terminal would act on gets through.
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return printable(super().__str__())
 
 
 class UnknownModelError(StreamgaugeError):

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from streamgauge.checkpoint import Checkpoint
+from streamgauge.checkpoint import Checkpoint, count_elements
 from streamgauge.errors import CheckpointError
+from streamgauge.untrusted import refuse_sizes
 
 LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
@@ -40,6 +41,7 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
     architecture = auto._model_mapping[type(config)].__name__
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise _unsupported(checkpoint, f"TransformerLens has no bridge for {architecture}")
+    refuse_sizes(checkpoint.folder / "config.json", lambda: auto.from_config(config), count_elements(checkpoint))
     try:
         model, loading = auto.from_pretrained(
             checkpoint.folder,

@@ -11,6 +11,7 @@ MODULES = (
     "fixtures.subjects",
     "fixtures.circuits",
     "fixtures.baseline",
+    "fixtures.adopter",
     "fixtures.distribution",
     "fixtures.records",
     "fixtures.check",

@@ -35,6 +35,19 @@ def prepare_folder(folder: Path, what: str, option: str) -> None:
         raise StoreError(f"{what} {folder} cannot be written ({error.strerror}); name another with {option}.") from error
 
 
+REPORT = ("rows.jsonl", "report.html", "summary.md", "badge.svg")
+OURS = ".streamgauge"  # lies in a folder whose reports are streamgauge's to replace
+
+
+def prepare_report(folder: Path, option: str) -> None:
+    """Make a folder for a report. Raises StoreError where it cannot be written, or holds such files of somebody else."""
+    foreign = [name for name in REPORT if (folder / name).exists()] if not (folder / OURS).exists() else []
+    if foreign:
+        raise StoreError(f"{folder / foreign[0]} was not written by streamgauge; name another folder with {option}.")
+    prepare_folder(folder, "the report", option)
+    (folder / OURS).touch()
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of records. Processes may share it: files appear whole or not at all."""

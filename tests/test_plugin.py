@@ -1,9 +1,7 @@
 """The plugin as users meet it: options in two words, xdist, a law of one's own, the wheel."""
 
-import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,19 +62,13 @@ def test_a_law_of_ones_own_takes_our_fixtures(folder: Path, run_pytest: Callable
     assert "laws on 1 model: 1 hold, 0 fail" in done.stdout
 
 
-def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, tmp_path: Path) -> None:
-    """Built, unpacked where nothing of the clone is, and run against a checkpoint with --pyargs."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site, away = tmp_path / "site", tmp_path / "away"
-    zipfile.ZipFile(wheel).extractall(site)
+def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, installed: dict[str, str], tmp_path: Path) -> None:
+    """Unpacked where nothing of the clone is, and run against a checkpoint with --pyargs."""
+    away = tmp_path / "away"
     away.mkdir()
-    # -P keeps the clone off the path; the editable install behind it would come later than PYTHONPATH anyway.
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "streamgauge.invariants"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "streamgauge.invariants"]
     options = ["--model", str(folder), "--store", str(tmp_path / "store"), "--report", str(tmp_path / "report"), "-v"]
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([*command, *options], cwd=away, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *options], cwd=away, env=installed, capture_output=True, text=True, check=False)
     assert "could not be measured\n" in done.stdout and " 0 could not be measured" in done.stdout, done.stdout + done.stderr
     assert "residual/test_growth_rate.py::test_growth_rate[somebody]" in done.stdout
     assert (tmp_path / "report" / "report.html").is_file()
