@@ -66,6 +66,7 @@ Rows that a published record does not cover are NaN. `metadata["absent"]` says w
 """
 
 import difflib
+import hashlib
 import json
 import uuid
 from dataclasses import dataclass
@@ -206,8 +207,9 @@ class Record:
         from safetensors.numpy import save
 
         path = Path(path)
-        header = {"format": FORMAT, "record": json.dumps(self.metadata, allow_nan=False)}
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        said = json.dumps(self.metadata, allow_nan=False)
+        header = {"format": FORMAT, "record": said, "sha256": _digest(arrays, said)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, save(arrays, metadata=header))
@@ -224,11 +226,24 @@ class Record:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise RecordError(f"{path} is not a streamgauge record of format {FORMAT}; measure again.")
-                return cls({name: file.get_tensor(name) for name in file.keys()}, json.loads(header["record"]))  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Published records and those of older instruments say none.
+                if header.get("sha256") not in (None, _digest(arrays, header["record"])):
+                    raise ValueError("its numbers are not those that were written")
+                return cls(arrays, json.loads(header["record"]))
         except FileNotFoundError:
             raise RecordError(f"there is no record {path}; make one with: python -m streamgauge measure.") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise RecordError(f"the record {path} is damaged ({error}); delete it and measure again.") from error
+
+
+def _digest(arrays: dict[str, np.ndarray], said: str) -> str:
+    """A hash of everything that a record holds."""
+    digest = hashlib.sha256(said.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,8 +1,10 @@
 """Records on disk, found again by what they were made from: weights, prompts, settings and instrument."""
 
+import contextlib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,10 @@ class Store:
         )
         if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
-        record.save(path)
+        try:
+            record.save(path)
+        except StoreError as error:
+            warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=2)
         return record
 
     def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str, rows: Prompts | None = None) -> str:
@@ -106,12 +111,14 @@ class Store:
     def _weights_sha256(self, checkpoint: Checkpoint) -> str:
         """The hash, remembered by path, size and time of change: gigabytes are not read again on every run."""
         stats = [(p, p.resolve().stat()) for p in checkpoint.files]
-        identity = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats]
+        # A time of change can be set, and a clock that jumps may give one twice; that of the inode cannot be set.
+        identity = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         note = self.folder / "hashes" / name
         if note.is_file() and SHA256.fullmatch(noted := note.read_text()):
             return noted
         digest = weights_sha256(checkpoint)
-        note.parent.mkdir(exist_ok=True)
-        write_whole(note, digest.encode())
+        with contextlib.suppress(OSError):  # not remembered: read again next time
+            note.parent.mkdir(exist_ok=True)
+            write_whole(note, digest.encode())
         return digest

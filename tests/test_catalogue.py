@@ -11,6 +11,7 @@ from fixtures import catalogue
 from streamgauge.bands import Band, below, default_window
 from streamgauge.growth import curvature, growth_rates, log_linear_r2, mean_rate, measured_window
 from streamgauge.laws import laws
+from tests.conftest import ROOT
 from tests.records import sound_record
 
 BANDS: list[dict[str, Any]] = catalogue._toml()["band"]
@@ -97,3 +98,10 @@ def test_reference_bands_are_marked(run_pytest: Callable[..., Any]) -> None:
 def test_models_are_chosen_by_marker(run_pytest: Callable[..., Any]) -> None:
     chosen = run_pytest("invariants", "--published", "-m", "model(id='gpt2')", "--collect-only", "-q").stdout
     assert "[gpt2:58-prompts]" in chosen and "[gpt2-xl" not in chosen and "[distilgpt2" not in chosen
+
+
+def test_every_law_has_its_triage() -> None:
+    """docs/triage.md says of each law, once, what its failure usually means."""
+    lines = (ROOT / "docs" / "triage.md").read_text(encoding="utf-8").splitlines()
+    named = [name.strip() for line in lines if line.startswith("| ") for name in line.split("|")[1].split(",") if "/" in name]
+    assert sorted(named) == sorted(law.id for law in laws())
