@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
-from streamgauge.untrusted import read_json, refuse_counts, refuse_large_texts, refuse_links
+from streamgauge.untrusted import TEXTS, read_json, refuse_counts, refuse_large_texts, refuse_links
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NAMED = "pytorch_model.bin"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
@@ -129,19 +130,32 @@ def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
 
 def _unpickled(folder: Path, converted: Path | None) -> Path:
     """The folder, or one with safetensors made of its pickled weights where it has nothing else and that is allowed."""
-    pickles = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
-    if converted is None or not pickles or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+    if converted is None or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return folder
     refuse_links(folder)
+    pickles = _pickles(folder)
+    if not pickles:
+        return folder
     digest = hashlib.sha256("".join(_sha256(path) for path in pickles).encode()).hexdigest()
     target = converted / digest[:32] / folder.name
     if not (target / INDEX).is_file():
         target.mkdir(parents=True, exist_ok=True)
         _convert(pickles, target)
     for path in folder.iterdir():
-        if path.suffix in (".json", ".model", ".txt", ".tiktoken") and not path.name.endswith(".index.json"):
+        if path.suffix in TEXTS and not path.name.endswith(".index.json"):
             shutil.copy(path, target)
     return target
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The weights that transformers would open: pytorch_model and its parts, or else the only pickle there is."""
+    named = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
+    others = sorted(path for pattern in PICKLES for path in folder.glob(pattern) if path.is_file())
+    if not named and len(others) > 1:
+        raise CheckpointError(
+            f"{folder} has {len(others)} pickled files, {others[0].name} first; call the one with weights {NAMED}."
+        )
+    return named or others
 
 
 def _convert(pickles: list[Path], target: Path) -> None:
@@ -151,14 +165,21 @@ def _convert(pickles: list[Path], target: Path) -> None:
 
     weight_map: dict[str, str] = {}
     for number, path in enumerate(pickles, 1):
+        name = f"model-{number:05d}-of-{len(pickles):05d}.safetensors"
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} holds more than tensors, or is damaged ({type(error).__name__}); refused.") from None
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise CheckpointError(f"{path} is not a table of tensors; refused.")
-        name = f"model-{number:05d}-of-{len(pickles):05d}.safetensors"
-        save_file({str(key): t.detach().clone().contiguous() for key, t in tensors.items()}, target / name, {"format": "pt"})
+            if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                raise TypeError("not a table of tensors")
+            save_file(
+                {str(key): t.detach().clone().contiguous() for key, t in tensors.items()}, target / name, {"format": "pt"}
+            )
+        except Exception as error:  # whatever a stranger's pickle makes of it
+            raise CheckpointError(
+                f"{path} holds more than plain tensors, or is damaged ({type(error).__name__}); refused."
+            ) from None
+        twice = sorted(weight_map.keys() & set(map(str, tensors)))
+        if twice:
+            raise CheckpointError(f"{path} holds {twice[0]}, which another file of {path.parent} holds too; refused.")
         weight_map |= dict.fromkeys(map(str, tensors), name)
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
@@ -240,13 +261,13 @@ def count_elements(checkpoint: Checkpoint) -> int:
     return total
 
 
-def stored_dtypes(checkpoint: Checkpoint) -> str:
-    """The dtypes in the files' headers as safetensors spells them, such as `F16` or `BF16, F32`."""
-    dtypes: set[str] = set()
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype of each tensor in the files' headers, as safetensors spells it: `F16`, `BF16`."""
+    dtypes: dict[str, str] = {}
     for path in checkpoint.files:
         with _open(path) as file:
-            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return ", ".join(sorted(dtypes))
+            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return dtypes
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

@@ -75,12 +75,31 @@ def differences(old: Record, new: Record) -> dict[str, list[Difference]]:
     return found
 
 
-def weight_rounding(old: Record, new: Record) -> float:
-    """Largest relative error of a weight that the two dtypes explain: none but a rounding of fp32 where they are the same."""
-    dtypes = [{part.strip() for part in str(record.metadata.get("stored_dtype")).split(",")} for record in (old, new)]
-    if dtypes[0] == dtypes[1]:
-        return FP32
-    return max([UNIT.get(dtype, 0.0) for dtype in dtypes[0] | dtypes[1]] + [FP32])
+def tensor_rounding(old: Record, new: Record) -> dict[str, float]:
+    """Largest relative error of each tensor's numbers that the two dtypes explain: one rounding of fp32 where they are one."""
+    tables = [{row["name"]: row.get("dtype") for row in record.metadata.get("parameters", [])} for record in (old, new)]
+    found: dict[str, float] = {}
+    for name, dtype in tables[0].items():
+        other = tables[1].get(name)
+        # A tensor that the library puts together from several of the file has no dtype of its own.
+        found[name] = _file_rounding(old, new) if dtype is None or other is None else _rounding({dtype}, {other})
+    return found
+
+
+def _file_rounding(old: Record, new: Record) -> float:
+    return _rounding(*({part.strip() for part in str(r.metadata.get("stored_dtype")).split(",")} for r in (old, new)))
+
+
+def _rounding(before: set[str], after: set[str]) -> float:
+    return FP32 if before == after else max([UNIT.get(dtype, 0.0) for dtype in before | after] + [FP32])
+
+
+def weight_rounding(old: Record, new: Record, layer: int | None = None) -> float:
+    """The largest of these, of a whole model or of one layer; for records without tensors by all dtypes of the files."""
+    by_tensor = tensor_rounding(old, new)
+    if not by_tensor:
+        return _file_rounding(old, new)
+    return max((size for name, size in by_tensor.items() if layer is None or _layer(name) == layer), default=FP32)
 
 
 def compare_config(old: Record, new: Record) -> list[Difference]:
@@ -104,17 +123,21 @@ def _short(value: Any) -> str:
 def compare_weights(old: Record, new: Record) -> list[Difference]:
     """Every tensor by its sketch, and heads by theirs. Raises NotApplicable where a record has no sketches."""
     tables = [_tensors(record) for record in (old, new)]
-    allowed = weight_rounding(old, new)
+    rounding = tensor_rounding(old, new)
     found = list(_unmatched(*tables))
     shared = [name for name in tables[0] if name in tables[1] and tables[0][name].shape == tables[1][name].shape]
-    same_dtype = allowed == FP32
     for name in shared:
         before, after = tables[0][name], tables[1][name]
-        subnormal = 0.0 if same_dtype else SUBNORMAL * np.sqrt(np.prod(before.shape)) / max(before.norm, 1e-30)
         others = {n: t.sketch for n, t in tables[0].items() if n != name and t.shape == before.shape}
         size, says = _judge(before.sketch, after.sketch, before.norm, others)
-        found.append(Difference(name, _part(name), size, allowed + subnormal, says, _layer(name)))
-    return found + list(_heads(old, new, allowed))
+        allowed = rounding[name] + _subnormal(rounding[name], float(np.sqrt(np.prod(before.shape))), before.norm)
+        found.append(Difference(name, _part(name), size, allowed if before.norm else 0.5, says, _layer(name)))
+    return found + list(_heads(old, new))
+
+
+def _subnormal(rounding: float, root_of_size: float, norm: float) -> float:
+    """What numbers too small for fp16's exponent add to a tensor's relative error, where another dtype was made of it."""
+    return 0.0 if rounding == FP32 else SUBNORMAL * root_of_size / max(norm, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -167,7 +190,7 @@ def _is_same(before: np.ndarray, after: np.ndarray) -> bool:
     return size > 0 and float(np.linalg.norm(after - before)) < SAME * size
 
 
-def _heads(old: Record, new: Record, allowed: float) -> Iterator[Difference]:
+def _heads(old: Record, new: Record) -> Iterator[Difference]:
     for name in HEADS:
         before, after = (record.arrays.get(f"sketch/{name}") for record in (old, new))
         norms = old.arrays.get(f"weights/{name}_raw")
@@ -175,8 +198,12 @@ def _heads(old: Record, new: Record, allowed: float) -> Iterator[Difference]:
             continue
         for layer, head in np.ndindex(*norms.shape):
             others = {f"head {h}": before[layer, h] for h in range(norms.shape[1]) if h != head}
-            size, says = _judge(before[layer, head], after[layer, head], float(norms[layer, head]), others)
-            yield Difference(name, "attn", size, 2 * allowed, says, layer, head)
+            norm, rounding = float(norms[layer, head]), weight_rounding(old, new, layer)
+            size, says = _judge(before[layer, head], after[layer, head], norm, others)
+            allowed = 2 * rounding + _subnormal(
+                rounding, old.metadata["d_model"], norm
+            )  # no head has more than d_model² numbers
+            yield Difference(name, "attn", size, allowed if norm else 0.5, says, layer, head)
 
 
 def _layer(name: str) -> int | None:
@@ -209,31 +236,50 @@ NORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def compare_norms(old: Record, new: Record) -> list[Difference]:
-    """Norms of weights by layer and head. Raises NotApplicable where the records share none."""
-    rounding, found = weight_rounding(old, new), []
+    """Norms of weights by layer and head, and of every tensor. Raises NotApplicable where the records share none."""
+    found = _tensor_norms(old, new)
+    layers = np.array([weight_rounding(old, new, layer) for layer in range(old.n_layers)])
+    d_model = old.metadata["d_model"]
     for name, (part, factors) in NORMS.items():
         before, after = (record.arrays.get(f"weights/{name}") for record in (old, new))
-        if (
-            before is None
-            or after is None
-            or before.shape != after.shape
-            or not {f"weights/{f}" for f in factors} <= set(old.arrays)
-        ):
+        needed = {f"weights/{factor}" for factor in factors}
+        if before is None or after is None or before.shape != after.shape or not needed <= set(old.arrays):
             continue
+        rounding = np.broadcast_to(layers[: len(before)].reshape(-1, *[1] * (before.ndim - 1)), before.shape)
         # Relative to the norm: a folded matrix carries the error of a gain too. Norms of products are taken in fp32 at worst.
-        allowed = np.full(before.shape, 2 * rounding + np.sqrt(old.metadata["d_model"]) * FP32)
+        allowed = 2 * rounding + np.sqrt(d_model) * FP32
         if factors:
             sizes = [_of_heads(old.arrays[f"weights/{factor}"], before.shape) for factor in factors]
             allowed = 2 * allowed * sizes[0] * sizes[1] / np.maximum(before, 1e-30)
         size = np.abs(after - before) / np.maximum(before, 1e-30)
         for index in np.ndindex(*before.shape):
-            ratio = after[index] / max(before[index], 1e-30)
-            says = f"{before[index]:.4g} in the baseline, now {after[index]:.4g} ({ratio - 1:+.2%})"
             head = index[1] if len(index) > 1 else None
-            found.append(Difference(f"‖{name}‖", part, float(size[index]), float(allowed[index]), says, index[0], head))
+            # No matrix of a layer has more than (4 d_model)² numbers.
+            small = _subnormal(float(rounding[index]), 4 * d_model, float(before[index]))
+            says = _from_to(float(before[index]), float(after[index]))
+            found.append(Difference(f"‖{name}‖", part, float(size[index]), float(allowed[index]) + small, says, index[0], head))
     if not found:
         raise NotApplicable("the records share no norms of weights")
     return found
+
+
+def _tensor_norms(old: Record, new: Record) -> list[Difference]:
+    """Norms of all tensors of the same shape: a bound that sketches, which see a fraction of a small move, do not replace."""
+    if "sketch/norms" not in old.arrays or "sketch/norms" not in new.arrays:
+        return []
+    before, after, rounding = _tensors(old), _tensors(new), tensor_rounding(old, new)
+    found = []
+    for name in before:
+        if name in after and after[name].shape == before[name].shape and before[name].norm:
+            one, other = before[name].norm, after[name].norm
+            allowed = rounding[name] + _subnormal(rounding[name], float(np.sqrt(np.prod(before[name].shape))), one)
+            says = _from_to(one, other)
+            found.append(Difference(f"‖{name}‖", _part(name), abs(other - one) / one, allowed, says, _layer(name)))
+    return found
+
+
+def _from_to(before: float, after: float) -> str:
+    return f"{before:.4g} in the baseline, now {after:.4g} ({after / max(before, 1e-30) - 1:+.2%})"
 
 
 def _of_heads(norms: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -249,6 +295,7 @@ def compare_activations(old: Record, new: Record) -> list[Difference]:
 
     Raises NotApplicable where they share no prompts, or the baseline does not say what rounding does to it.
     """
+    _refuse_routers(old, new)
     before, after = shared_tokens(old, new)
     found: list[Difference] = []
     for name, part in ACTIVATIONS.items():
@@ -273,10 +320,20 @@ def compare_activations(old: Record, new: Record) -> list[Difference]:
 
 
 def compare_predictions(old: Record, new: Record) -> list[Difference]:
-    """Loss and most likely token, over the tokens of prompts that both were measured on. Raises NotApplicable likewise."""
-    before, after = shared_tokens(old, new)
+    """Tokens of the prompts, and losses over prompts of the same tokens. Raises NotApplicable likewise."""
+    rows = [_rows(record) for record in (old, new)]
+    texts = [record.metadata.get("texts_sha256") for record in (old, new)]
+    n_old, n_shared = len(rows[0]), len(rows[0].keys() & rows[1].keys())
+    if n_shared == 0 and (texts[0] != texts[1] or old.metadata.get("sampled")):
+        raise NotApplicable("the two were measured on other prompts")
+    says = f"{n_shared} of {n_old} prompts of the baseline have the same tokens"
+    found = [Difference("tokens of the prompts", "tokenizer", 1 - n_shared / n_old, 0.5 / n_old, says)]
+    if n_shared == 0:
+        return found
+    _refuse_routers(old, new)
     if "rounding/loss" not in old.arrays or "prediction/loss" not in new.arrays:
         raise NotApplicable("a record has no losses, or the baseline does not say what rounding does to it")
+    before, after = shared_tokens(old, new)
     losses = [r.array("prediction/loss")[tokens].astype(float) for r, tokens in ((old, before), (new, after))]
     agreed = float((old.array("prediction/first")[before] == new.array("prediction/first")[after]).mean())
     size = float(np.sqrt(((losses[1] - losses[0]) ** 2).mean()))
@@ -284,10 +341,15 @@ def compare_predictions(old: Record, new: Record) -> list[Difference]:
         f"{losses[0].mean():.4f} nats in the baseline, now {losses[1].mean():.4f}, single tokens differ by {size:.4f}; "
         f"{agreed:.1%} of most likely tokens agree"
     )
-    found = [Difference("loss", "predictions", size, float(_allowed(old, new, "loss")[0]), says)]
-    n_old, n_new = len(np.unique(old.array("stream/prompt"))), len(set(old.array("stream/prompt")[before].tolist()))
-    says = f"{n_new} of {n_old} prompts of the baseline have the same tokens"
-    return [*found, Difference("tokens of the prompts", "tokenizer", 1 - n_new / n_old, 0.5 / n_old, says)]
+    return [Difference("loss", "predictions", size, float(_allowed(old, new, "loss")[0]), says), *found]
+
+
+def _refuse_routers(old: Record, new: Record) -> None:
+    """Raise NotApplicable for a mixture of experts in another dtype: a router may choose others for a rounding error."""
+    config = old.metadata.get("config") or {}
+    experts = [value for name, value in config.items() if name.endswith("experts") and isinstance(value, int)]
+    if max(experts, default=0) > 1 and weight_rounding(old, new) > FP32:
+        raise NotApplicable("rounding makes routers choose other experts, so what it does to this model has no bound")
 
 
 def _allowed(old: Record, new: Record, name: str) -> np.ndarray:
@@ -302,7 +364,7 @@ def _allowed(old: Record, new: Record, name: str) -> np.ndarray:
     squares = old.array(f"rounding/{name}").astype(float) ** 2
     draws = len(squares)
     scatter = squares.var(0, ddof=1) / np.maximum(squares.mean(0), 1e-300) ** 2
-    freedom = max(1.0, 2 / max(float(np.median(scatter)), 1e-3))
+    freedom = max(1.0, 2 / max(float(scatter.mean()), 1e-3))
     comparisons = 3 * (old.n_layers + 1) + 1
     quantile = float(fdtri(freedom, draws * freedom, 1 - FALSE_ALARMS / comparisons))
     weights = weight_rounding(old, new)

@@ -1,7 +1,9 @@
 """Measure a checkpoint: one function from a name to a record."""
 
+import hashlib
 import importlib.metadata
 import json
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -35,14 +37,10 @@ GROUPS = {
     "rounding": 1,
 }
 
-NOT_FUNCTION = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "use_cache",
-    "chunk_size_feed_forward",
+# Entries of a configuration that change nothing of what the model computes when it is not trained.
+NOT_FUNCTION = re.compile(
+    r"^_|version|dtype|architectures|^use_cache|^chunk_size|drop|initializer|_token_id$|^summary_|^task_|^problem_type|label"
+    r"|^return_|^output_|gradient|^is_encoder_decoder|^tokenizer_class|aux_loss|router_jitter"
 )
 
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
@@ -113,12 +111,18 @@ def _measure(
     integrity |= {} if resets is None else {"reset": resets}
 
     metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
-    metadata |= {"tasks_sha256": tasks_sha256(wanted.tasks), "parameters": tables, "config": _config(model)}
+    metadata |= {
+        "tasks_sha256": tasks_sha256(wanted.tasks),
+        "parameters": _with_dtypes(tables, checkpoint),
+        "config": _config(model),
+    }
     arrays: dict[str, np.ndarray] = {}
     if rows is None:
         reason = f"the weights are not finite: {integrity['not_finite'][0]}"
         metadata["failed"] = dict.fromkeys(GROUPS, reason)
     else:
+        asked = "\n".join(texts) if isinstance(texts, list) else json.dumps(texts.rows)
+        metadata["texts_sha256"] = hashlib.sha256(asked.encode()).hexdigest()
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled}
         kept = _kept(known, metadata["prompts_sha256"], wanted)
         missing = [name for name in GROUPS if name not in kept]
@@ -158,10 +162,17 @@ def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
     return [f"the tokenizer has token ids up to {largest}, the embedding {rows} rows"] if largest >= rows else []
 
 
+def _with_dtypes(tables: list[dict[str, Any]], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The tables of a model's tensors, each with the dtype that its file has it in; a prefix may be missing there."""
+    dtypes = stored_dtypes(checkpoint)
+    short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
+    return [table | {"dtype": short.get(table["name"], short.get(table["name"].split(".", 1)[-1]))} for table in tables]
+
+
 def _config(model: Any) -> dict[str, Any]:
     """The configuration as transformers read it, without what says nothing about the function that the model computes."""
     said = json.loads(model.config.to_json_string(use_diff=False))
-    return {name: value for name, value in sorted(said.items()) if name not in NOT_FUNCTION}
+    return {name: value for name, value in sorted(said.items()) if not NOT_FUNCTION.search(name)}
 
 
 def current_groups(record: Record, wanted: Wanted) -> list[str]:
@@ -272,7 +283,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "revision": checkpoint.revision,
         "weights_sha256": weights_sha256(checkpoint),
         "architecture": type(model).__name__,
-        "stored_dtype": stored_dtypes(checkpoint),
+        "stored_dtype": ", ".join(sorted(set(stored_dtypes(checkpoint).values()))),
         "arithmetic": "float32",
         "norm": norm,
         "centres": layout.centres,

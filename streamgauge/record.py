@@ -56,7 +56,7 @@ prediction/loss             (n_tok,)            of the next token, nats; 0 and i
 prediction/entropy, first   (n_tok,)            entropy of what is predicted, nats, and the token that is most likely
 prediction/later_changes    (n_layers+1,)       relative change of the stream at first tokens when later ones are exchanged
 prediction/row_sum_error    (n_layers,)         largest |Σ - 1| of an attention row; future_weight: largest on a later position
-rounding/resid              (8, n_layers+1)     change of log norms a unit of relative noise on every weight, by draw; attn_out,
+rounding/resid              (6, n_layers+1)     change of log norms a unit of relative noise on every weight, by draw; attn_out,
                                                 mlp_out and loss likewise (see `streamgauge.rounding`)
 padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
 ==========================  ==================  =======================================================

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.horizon import some_prompts
 from streamgauge.model import Layout, device_of
 from streamgauge.prompts import Prompts
 
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 NOISE = 2.0**-12  # largest relative error of a weight
-DRAWS = 8
-TOKENS = 256  # of the prompts are enough
+DRAWS = 6
+TOKENS = 1024
 SHORT = "no prompt has two tokens, so there is nothing to predict"
 
 
@@ -30,7 +29,7 @@ def measure_rounding(bridge: Any, layout: Layout, prompts: Prompts, show: bool) 
     import torch
     from tqdm import tqdm
 
-    rows = _few(some_prompts(prompts))
+    rows = _few(prompts)
     if not rows:
         return {}, {"rounding": SHORT}
     ids = torch.tensor(rows, device=device_of(bridge))
@@ -45,12 +44,13 @@ def measure_rounding(bridge: Any, layout: Layout, prompts: Prompts, show: bool) 
 
 
 def _few(prompts: Prompts) -> list[list[int]]:
-    """Prompts cut to one length, TOKENS tokens together."""
-    if not prompts.rows:
+    """Prompts cut to one length, spread over the set, TOKENS tokens together."""
+    usable = [row for row in prompts.rows if len(row) > 1]
+    if not usable:
         return []
-    length = sorted(map(len, prompts.rows))[len(prompts.rows) // 2]
-    rows = [row[:length] for row in prompts.rows if len(row) >= length]
-    return rows[: max(1, TOKENS // length)]
+    length = sorted(map(len, usable))[len(usable) // 2]
+    rows = [row[:length] for row in usable if len(row) >= length]
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, max(1, TOKENS // length)).astype(int))]
 
 
 def _run(bridge: Any, layout: Layout, ids: "torch.Tensor", draw: int | None) -> "dict[str, torch.Tensor]":
@@ -104,14 +104,21 @@ class _Noise:
         whole = sorted(module.parameters(), key=lambda p: p.numel())
         self.parameters = list({p.untyped_storage().data_ptr(): p for p in whole}.values())
         self.kept: list[torch.Tensor] = []
-        self.handles = [
-            module.register_forward_pre_hook(self._add), module.register_forward_hook(self._restore, always_call=True)
-        ]  # fmt: skip
+        # A bridge computes norms itself, and does not run the module that holds their gains: these are noisy throughout.
+        self.throughout = all(p.dim() < 2 for p in self.parameters)
+        self.handles: list[Any] = []
+        if self.throughout:
+            self._add()
+        else:
+            self.handles.append(module.register_forward_pre_hook(self._add))
+            self.handles.append(module.register_forward_hook(self._restore, always_call=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and the noise that lasts."""
         for handle in self.handles:
             handle.remove()
+        if self.throughout:
+            self._restore()
 
     def _add(self, *_: Any) -> None:
         import torch

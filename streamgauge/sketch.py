@@ -77,13 +77,16 @@ def moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def surely_moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """A quarter of the median of |s_new - s_old| over sketches: ‖new - old‖_F is larger, but for one tensor in 3·10⁷.
+    """What ‖new - old‖_F surely exceeds, but for one tensor in 10⁷: a seventh of the fourth largest |s_new - s_old| of sixteen,
+    or a fortieth of the largest.
 
-    E s⁴ ≤ 9 ‖D‖⁴ for two-sided random signs (Khinchine's inequality, once a side), so |s| > 4 ‖D‖ has a probability of 9/256 at
-    most (Markov), and half of sixteen do with one of C(16, 8) (9/256)⁸ = 3·10⁻⁸.
+    E s⁸ ≤ 105² ‖D‖⁸ for signs on two sides (Khinchine's inequality for the eighth moment, once a side), so |s| > t ‖D‖ has a
+    probability of q = 105² / t⁸ at most (Markov): four of sixteen do for t = 7 with one of C(16, 4) q⁴ = 3·10⁻⁸ at most, one
+    of them for t = 40 with 16 q = 3·10⁻⁸. The largest counts because two rows that changed places leave every sketch with
+    equal signs there as it was.
     """
-    middle = np.sort(np.abs(new - old), axis=-1)[..., SKETCHES // 2 - 1]
-    return np.asarray(middle / 4)
+    sizes = np.sort(np.abs(new - old), axis=-1)
+    return np.asarray(np.maximum(sizes[..., -4] / 7, sizes[..., -1] / 40))
 
 
 def factor(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:

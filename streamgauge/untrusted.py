@@ -8,7 +8,8 @@ from typing import Any
 
 from streamgauge.errors import CheckpointError
 
-READ = (".json", ".safetensors", ".model", ".txt", ".tiktoken", ".bin")  # files of a folder that something may open
+TEXTS = (".json", ".model", ".txt", ".tiktoken")
+READ = (*TEXTS, ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")  # files of a folder that something may open
 JSON_LIMIT = 2**26  # bytes of a configuration or an index
 TOKENIZER_LIMIT = 2**29  # bytes of any other file but weights
 LARGEST = 10**6  # of a number in a configuration that counts parts
@@ -26,7 +27,10 @@ def refuse_links(folder: Path) -> None:
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     for path in sorted(folder.iterdir()):
         if path.suffix in READ and path.is_symlink():
-            target = path.resolve()
+            try:
+                target = path.resolve(strict=True)
+            except (OSError, RuntimeError):
+                raise CheckpointError(f"{path} is a link to nothing; copy the checkpoint again.") from None
             if not (target.is_relative_to(folder.resolve()) or target.is_relative_to(blobs.resolve())):
                 raise CheckpointError(f"{path} is a link out of its folder; refused. Copy the file itself there.")
 
@@ -34,7 +38,7 @@ def refuse_links(folder: Path) -> None:
 def refuse_large_texts(folder: Path) -> None:
     """Raise CheckpointError for a tokenizer file that is larger than any."""
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".model", ".txt", ".tiktoken") and path.stat().st_size > TOKENIZER_LIMIT:
+        if path.suffix in TEXTS and path.stat().st_size > TOKENIZER_LIMIT:
             raise CheckpointError(
                 f"{path} is {path.stat().st_size:,} bytes, more than any configuration or tokenizer; refused."
             )

@@ -94,6 +94,15 @@ WRONG = {
     "no date": ("[[known_failure]]\nlaw='a'\nreason='b'\nexpires='soon'", "needs a date"),
     "no number": ("[[band]]\nlaw='a'\nsource='b'\nlow='1'", "needs numbers"),
     "one table": ("band = 3", "under [[band]]"),
+    "a single table": ("[band]\nlaw='a'\nsource='b'\nlow=1", "under [[band]]"),
+    "no bounds": ("[[band]]\nlaw='a'\nsource='b'", "needs numbers"),
+    "not a number": ("[[band]]\nlaw='a'\nsource='b'\nlow=nan", "needs numbers"),
+    "true for a number": ("[[band]]\nlaw='a'\nsource='b'\nlow=true", "needs numbers"),
+    "bounds turned round": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nhigh=1", "not below its high"),
+    "one layer": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers=[1]", "needs two layers"),
+    "layers in words": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers='ab'", "needs two layers"),
+    "layers turned round": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers=[5, 2]", "needs two layers"),
+    "model of another kind": ("[[leave_out]]\nlaw='a'\nreason='b'\nmodel=['a']", "for model"),
 }
 
 

@@ -130,6 +130,12 @@ def test_sketches_estimate_distances() -> None:
     assert sketch.moved(one, other) == pytest.approx(float((moved - weight).norm()), rel=0.5)
     assert sketch.surely_moved(one, other) < float((moved - weight).norm())
     assert sketch.surely_moved(one, sketch.sketch(weight[torch.randperm(200)]).numpy()) > 0.05 * float(weight.norm())
+    seen = []
+    for first in range(0, 200, 2):  # two rows that changed places: half of the sketches cannot see it
+        order = torch.arange(200)
+        order[[first, first + 1]] = order[[first + 1, first]]
+        seen.append(sketch.surely_moved(one, sketch.sketch(weight[order]).numpy()) > 0)
+    assert all(seen)
     stacked = torch.stack([weight, moved])
     np.testing.assert_allclose(sketch.sketch(stacked).numpy(), np.stack([one, other]), rtol=1e-9)
 
@@ -176,6 +182,7 @@ def test_without_a_baseline_nothing_is_compared(baselines: Any, audit: Callable[
 def test_baselines_that_lead_nowhere(run_pytest: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"record": None}))
     for wrong, says in (
+        ("", "names nothing"),
         ("gpt3", "nearest"),
         (tmp_path / "no.safetensors", "there is no record"),
         (tmp_path / "rows.jsonl", "0 models"),
@@ -199,3 +206,58 @@ def test_diff_prints_a_table(baselines: Any, run_streamgauge: Any, tmp_path: Pat
     assert same.returncode == 0 and "differ" in same.stdout
     wrong = run_streamgauge("diff", tmp_path / "old.safetensors", "gpt2-xxl")
     assert wrong.returncode == 4 and "nearest" in wrong.stderr
+
+
+def test_another_tokenizer_is_a_difference(run_streamgauge: Any, tmp_path: Path) -> None:
+    from tests.records import replaced, sound_record
+
+    sound_record().save(tmp_path / "old.safetensors")
+    tokens = sound_record().array("prediction/token")
+    for name, record in {
+        "rotated": replaced(sound_record(), {"prediction/token": tokens + 100}),
+        "gone": replaced(sound_record(sampled=True), {"prediction/token": tokens + 100}),
+    }.items():
+        record.save(tmp_path / f"{name}.safetensors")
+        done = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / f"{name}.safetensors")
+        assert done.returncode == 1 and "0 of 8 prompts of the baseline have the same tokens" in done.stdout
+
+
+def test_prompts_that_repeat_are_no_difference(baselines: Any) -> None:
+    from streamgauge.prompts import Prompts
+
+    folder, _ = baselines("gpt2")
+    record = streamgauge.measure(folder, rows=Prompts([[1, 2, 3]] * 3 + [[4, 5, 6]], "test", None, sampled=True))
+    assert not [one for compared in differences(record, record).values() for one in beyond(compared)]
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_dtypes_of_every_architecture_raise_no_alarm(name: str, tmp_path: Path) -> None:
+    model = models.random_model(name)
+    model.save_pretrained(tmp_path / "fp32")
+    record = streamgauge.measure(tmp_path / "fp32")
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+        verdict = faults.compare_with(record, tmp_path / str(dtype))
+        assert not verdict.found, verdict.says
+        model = models.random_model(name)
+
+
+def test_a_zero_tensor_that_came_alive_in_another_dtype(tmp_path: Path) -> None:
+    model = models.gpt2(3)  # biases are zero before training
+    model.save_pretrained(tmp_path / "old")
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.bias.normal_()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "new")
+    verdict = faults.compare_with(streamgauge.measure(tmp_path / "old"), tmp_path / "new")
+    assert verdict.found and "transformer.h.1.ln_1.bias: was all zero" in verdict.says
+
+
+def test_two_percent_are_seen_through_bf16(tmp_path: Path) -> None:
+    model = models.random_model("mixtral")
+    model.save_pretrained(tmp_path / "old")
+    record = streamgauge.measure(tmp_path / "old")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.02)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "new")
+    new = streamgauge.measure(tmp_path / "new", rows=None)
+    assert "‖lm_head.weight‖" in [one.name for one in beyond(differences(record, new)["norms"])]

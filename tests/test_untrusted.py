@@ -109,10 +109,16 @@ def _pickled_bomb(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": _Bomb()}))
 
 
+def _looped(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("tokenizer.json")
+
+
 MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights linked out of the folder": (_linked_out("model.safetensors"), "is a link out of its folder"),
     "configuration linked out of the folder": (_linked_out("config.json"), "is a link out of its folder"),
     "tokenizer linked out of the folder": (_linked_out("tokenizer.json"), "is a link out of its folder"),
+    "a link to itself": (_looped, "is a link to nothing"),
     "index out of the folder": (_index_outside, "which is not a file of that folder"),
     "index to an absolute path": (_index_absolute, "which is not a file of that folder"),
     "a billion layers": (_config(n_layer=10**9), "asks for 1,000,000,000 layers"),
@@ -143,7 +149,7 @@ def test_a_malicious_folder_is_refused(what: str, folder: Path, audit: Auditing)
 
 def test_a_pickle_that_runs_is_refused_where_pickles_are_allowed(folder: Path, tmp_path: Path) -> None:
     _pickled_bomb(folder)
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match="holds more than plain tensors"):
         open_checkpoint(folder, converted=tmp_path / "converted")
     assert not Path("/tmp/streamgauge-was-here").exists()
 
@@ -158,6 +164,33 @@ def test_pickled_tensors_are_audited_where_they_are_allowed(folder: Path, audit:
     assert found.exit == 0 and found.row("residual/additivity")["outcome"] == "pass"
     record = streamgauge.record.Record.load(next((folder.parent / "report" / "records").glob("*.safetensors")))
     assert (record.resid_pre == plain.resid_pre).all()
+
+
+def _bad_pickles(folder: Path) -> dict[str, str]:
+    """Pickles that are allowed and still refused, and why."""
+    plain = {"a": torch.zeros(2)}
+    odd = {"sparse": {"a": torch.eye(2).to_sparse()}, "complex": {"a": torch.zeros(2, dtype=torch.complex128)}, "list": [1, 2]}
+    for name, content in odd.items():
+        (folder / name).mkdir()
+        torch.save(content, folder / name / "pytorch_model.bin")
+    (folder / "twice").mkdir()
+    for number in (1, 2):
+        torch.save(plain, folder / "twice" / f"pytorch_model-{number}.bin")
+    (folder / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save(plain, folder / "two" / name)
+    (folder / "linked").mkdir()
+    torch.save(plain, folder / "out.pt")
+    (folder / "linked" / "model.pt").symlink_to(folder / "out.pt")
+    refused = dict.fromkeys(odd, "holds more than plain tensors")
+    return refused | {"twice": "which another file", "two": "has 2 pickled files", "linked": "is a link out of its folder"}
+
+
+def test_odd_pickles_are_refused_where_pickles_are_allowed(tmp_path: Path) -> None:
+    for name, says in _bad_pickles(tmp_path).items():
+        (tmp_path / name / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=says):
+            open_checkpoint(tmp_path / name, converted=tmp_path / "converted")
 
 
 def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> None:
