@@ -356,15 +356,16 @@ def _allowed(old: Record, new: Record, name: str) -> np.ndarray:
     """The root mean square that rounding explains, by layer.
 
     Mean squares of the `rounding` draws, each a weighted sum of squares of normal variables, are taken for chi-squared with
-    the degrees of freedom that their scatter shows, at least one (Satterthwaite 1946); a new one exceeds F times their mean
-    once in as many comparisons as FALSE_ALARMS says.
+    the degrees of freedom that their scatter shows in the layer where it is largest, at least one (Satterthwaite 1946): a few
+    tokens whose outputs nearly cancel may make most of a layer's change. A new one exceeds F times their mean once in as many
+    comparisons as FALSE_ALARMS says.
     """
     from scipy.special import fdtri
 
     squares = old.array(f"rounding/{name}").astype(float) ** 2
     draws = len(squares)
     scatter = squares.var(0, ddof=1) / np.maximum(squares.mean(0), 1e-300) ** 2
-    freedom = max(1.0, 2 / max(float(scatter.mean()), 1e-3))
+    freedom = max(1.0, 2 / max(float(scatter.max()), 1e-3))
     comparisons = 3 * (old.n_layers + 1) + 1
     quantile = float(fdtri(freedom, draws * freedom, 1 - FALSE_ALARMS / comparisons))
     weights = weight_rounding(old, new)
