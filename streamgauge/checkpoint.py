@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
-from streamgauge.untrusted import TEXTS, read_json, refuse_counts, refuse_large_texts, refuse_links
+from streamgauge.record import write_whole
+from streamgauge.untrusted import PICKLED, TEXTS, read_json, refuse_counts, refuse_large_texts, refuse_links
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NAMED = "pytorch_model.bin"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
@@ -150,7 +150,7 @@ def _unpickled(folder: Path, converted: Path | None) -> Path:
 def _pickles(folder: Path) -> list[Path]:
     """The weights that transformers would open: pytorch_model and its parts, or else the only pickle there is."""
     named = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
-    others = sorted(path for pattern in PICKLES for path in folder.glob(pattern) if path.is_file())
+    others = sorted(path for path in folder.iterdir() if path.suffix in PICKLED and path.is_file())
     if not named and len(others) > 1:
         raise CheckpointError(
             f"{folder} has {len(others)} pickled files, {others[0].name} first; call the one with weights {NAMED}."
@@ -181,7 +181,7 @@ def _convert(pickles: list[Path], target: Path) -> None:
         if twice:
             raise CheckpointError(f"{path} holds {twice[0]}, which another file of {path.parent} holds too; refused.")
         weight_map |= dict.fromkeys(map(str, tensors), name)
-    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    write_whole(target / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -199,7 +199,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / s for s in sorted(shards)]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+    if any(path.suffix in PICKLED for path in folder.iterdir()):
         raise CheckpointError(
             f"{folder} holds pickled weights only, which can run code when they are opened; "
             "give --allow-pickle where you trust them, or convert them with save_pretrained."
@@ -242,32 +242,26 @@ def _sha256(path: Path) -> str:
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:
     """Every tensor's name, and the file it lies in."""
-    names: dict[str, Path] = {}
-    for path in checkpoint.files:
-        with _open(path) as file:
-            names.update(dict.fromkeys(file.keys(), path))
-    return names
+    return {name: path for name, path, _ in _headers(checkpoint)}
 
 
 def count_elements(checkpoint: Checkpoint) -> int:
     """How many numbers the files hold, by their headers: of packed ones eight to an int32 and four to a byte."""
     packed = {"I32": 8, "U8": 4, "I8": 4}
-    total = 0
-    for path in checkpoint.files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                total += math.prod(part.get_shape()) * packed.get(part.get_dtype(), 1)
-    return total
+    return sum(math.prod(part.get_shape()) * packed.get(part.get_dtype(), 1) for _, _, part in _headers(checkpoint))
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """The dtype of each tensor in the files' headers, as safetensors spells it: `F16`, `BF16`."""
-    dtypes: dict[str, str] = {}
+    return {name: part.get_dtype() for name, _, part in _headers(checkpoint)}
+
+
+def _headers(checkpoint: Checkpoint) -> Iterator[tuple[str, Path, Any]]:
+    """Each tensor's name, its file, and its slice, which knows shape and dtype and has read nothing."""
     for path in checkpoint.files:
         with _open(path) as file:
-            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return dtypes
+            for name in file.keys():  # noqa: SIM118
+                yield name, path, file.get_slice(name)
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

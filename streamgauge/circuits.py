@@ -1,7 +1,6 @@
 """Circuits, the heads that a task was traced to, and how their weights compare with those of all other heads."""
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import NotApplicable, NotMeasured, SettingsError
+from streamgauge.settings import numbered, read_toml
 
 SUBSTANTIAL = 1.5  # a ratio above this would be: mechanistic-validity, B05 Norm Trajectory
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -48,23 +48,13 @@ class Circuit:
 
 def read_circuits(path: Path) -> tuple[list[Circuit], list[Task]]:
     """The [[circuit]] and [[task]] entries of a TOML file. Raises SettingsError, which names the entry that is wrong."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"the circuits file {path} cannot be read as TOML ({error}).") from None
+    content = read_toml(path)
     unknown = sorted(set(content) - {"circuit", "task"})
     if unknown:
         raise SettingsError(f"{path} has {unknown[0]!r}, but a circuits file holds [[circuit]] and [[task]] entries only.")
-    circuits = [_entry(path, "circuit", number, entry, _circuit) for number, entry in _numbered(path, content, "circuit")]
-    tasks = [_entry(path, "task", number, entry, _task) for number, entry in _numbered(path, content, "task")]
+    circuits = [_entry(path, "circuit", number, entry, _circuit) for number, entry in numbered(path, content, "circuit")]
+    tasks = [_entry(path, "task", number, entry, _task) for number, entry in numbered(path, content, "task")]
     return circuits, tasks
-
-
-def _numbered(path: Path, content: dict[str, Any], kind: str) -> list[tuple[int, dict[str, Any]]]:
-    entries = content.get(kind, [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise SettingsError(f"{path}: write each {kind} as an entry of its own, under [[{kind}]].")
-    return list(enumerate(entries, 1))
 
 
 def _entry(path: Path, kind: str, number: int, entry: dict[str, Any], make: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import NotApplicable
-from streamgauge.model import LAYER
+from streamgauge.model import LAYER, layer_of
 from streamgauge.prompts import Prompts
 from streamgauge.record import Record
 from streamgauge.sketch import HEADS, factor, moved, surely_moved
@@ -23,7 +23,6 @@ UNIT = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F8_
 SUBNORMAL = 2.0**-25  # largest absolute error of fp16 where numbers are too small for its exponent
 FP32 = UNIT["F32"]
 SAME = 0.05  # two tensors are one, up to a factor, when less than this is left of their difference
-NO_WEIGHTS = "a record of published numbers has no fingerprints of weights"
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,22 @@ def _rounding(before: set[str], after: set[str]) -> float:
     return FP32 if before == after else max([UNIT.get(dtype, 0.0) for dtype in before | after] + [FP32])
 
 
-def weight_rounding(old: Record, new: Record, layer: int | None = None) -> float:
-    """The largest of these, of a whole model or of one layer; for records without tensors by all dtypes of the files."""
+def weight_rounding(old: Record, new: Record) -> float:
+    """The largest of these, of a whole model; for records without tensors by all dtypes of the files."""
+    return max(tensor_rounding(old, new).values(), default=_file_rounding(old, new))
+
+
+def layer_rounding(old: Record, new: Record) -> np.ndarray:
+    """The largest of these by layer, (n_layers,), likewise."""
     by_tensor = tensor_rounding(old, new)
     if not by_tensor:
-        return _file_rounding(old, new)
-    return max((size for name, size in by_tensor.items() if layer is None or _layer(name) == layer), default=FP32)
+        return np.full(old.n_layers, _file_rounding(old, new))
+    found = np.full(old.n_layers, FP32)
+    for name, size in by_tensor.items():
+        layer = layer_of(name)
+        if layer is not None:
+            found[layer] = max(found[layer], size)
+    return found
 
 
 def compare_config(old: Record, new: Record) -> list[Difference]:
@@ -131,7 +140,7 @@ def compare_weights(old: Record, new: Record) -> list[Difference]:
         others = {n: t.sketch for n, t in tables[0].items() if n != name and t.shape == before.shape}
         size, says = _judge(before.sketch, after.sketch, before.norm, others)
         allowed = rounding[name] + _subnormal(rounding[name], float(np.sqrt(np.prod(before.shape))), before.norm)
-        found.append(Difference(name, _part(name), size, allowed if before.norm else 0.5, says, _layer(name)))
+        found.append(Difference(name, _part(name), size, allowed if before.norm else 0.5, says, layer_of(name)))
     return found + list(_heads(old, new))
 
 
@@ -157,25 +166,25 @@ def _unmatched(before: dict[str, _Tensor], after: dict[str, _Tensor]) -> Iterato
     """Tensors that only one of the two has, or that have another shape now."""
     for name in sorted(set(before) | set(after)):
         if name not in after:
-            yield Difference(name, _part(name), 1.0, 0.5, "missing, the baseline has it", _layer(name))
+            yield Difference(name, _part(name), 1.0, 0.5, "missing, the baseline has it", layer_of(name))
         elif name not in before:
-            yield Difference(name, _part(name), 1.0, 0.5, "new, the baseline has none", _layer(name))
+            yield Difference(name, _part(name), 1.0, 0.5, "new, the baseline has none", layer_of(name))
         elif before[name].shape != after[name].shape:
             says = f"shape {before[name].shape} in the baseline, now {after[name].shape}"
-            yield Difference(name, _part(name), 1.0, 0.5, says, _layer(name))
+            yield Difference(name, _part(name), 1.0, 0.5, says, layer_of(name))
 
 
 def _judge(before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]) -> tuple[float, str]:
     """Relative difference of two sketches, as it is judged, and what it looks like."""
     size = float(surely_moved(before, after)) / norm if norm else float(np.abs(after).max() > 0)
-    return size, _looks_like(before, after, norm, others)
+    return size, _looks_like(before, after, norm, others) if size != 0 else "unchanged"
 
 
 def _looks_like(before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]) -> str:
     if not np.isfinite(after).all():
         return "not finite"
     if not after.any():
-        return "all zero" if before.any() else "unchanged"
+        return "all zero"
     times, rest = factor(before, after)
     if rest < min(SAME, abs(times - 1) / 3):
         return f"×{times:.4g}" if times > 0 else f"sign turned, ×{times:.4g}"
@@ -191,6 +200,7 @@ def _is_same(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _heads(old: Record, new: Record) -> Iterator[Difference]:
+    by_layer = layer_rounding(old, new)
     for name in HEADS:
         before, after = (record.arrays.get(f"sketch/{name}") for record in (old, new))
         norms = old.arrays.get(f"weights/{name}_raw")
@@ -198,17 +208,11 @@ def _heads(old: Record, new: Record) -> Iterator[Difference]:
             continue
         for layer, head in np.ndindex(*norms.shape):
             others = {f"head {h}": before[layer, h] for h in range(norms.shape[1]) if h != head}
-            norm, rounding = float(norms[layer, head]), weight_rounding(old, new, layer)
+            norm, rounding = float(norms[layer, head]), float(by_layer[layer])
             size, says = _judge(before[layer, head], after[layer, head], norm, others)
-            allowed = 2 * rounding + _subnormal(
-                rounding, old.metadata["d_model"], norm
-            )  # no head has more than d_model² numbers
+            # No head has more than d_model² numbers.
+            allowed = 2 * rounding + _subnormal(rounding, old.metadata["d_model"], norm)
             yield Difference(name, "attn", size, allowed if norm else 0.5, says, layer, head)
-
-
-def _layer(name: str) -> int | None:
-    found = LAYER.search(f".{name}")
-    return int(found.group(1)) if found else None
 
 
 def _part(name: str) -> str:
@@ -216,7 +220,7 @@ def _part(name: str) -> str:
     inside = LAYER.sub(".", f".{name}").lower()
     if any(word in inside for word in ("norm", "ln_", "ln1", "ln2")):
         return "norm"
-    if _layer(name) is None:
+    if layer_of(name) is None:
         return "head" if "head" in inside or "embed_out" in inside else "embed"
     return "attn" if "att" in inside else "mlp"
 
@@ -238,7 +242,7 @@ NORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 def compare_norms(old: Record, new: Record) -> list[Difference]:
     """Norms of weights by layer and head, and of every tensor. Raises NotApplicable where the records share none."""
     found = _tensor_norms(old, new)
-    layers = np.array([weight_rounding(old, new, layer) for layer in range(old.n_layers)])
+    layers = layer_rounding(old, new)
     d_model = old.metadata["d_model"]
     for name, (part, factors) in NORMS.items():
         before, after = (record.arrays.get(f"weights/{name}") for record in (old, new))
@@ -274,7 +278,7 @@ def _tensor_norms(old: Record, new: Record) -> list[Difference]:
             one, other = before[name].norm, after[name].norm
             allowed = rounding[name] + _subnormal(rounding[name], float(np.sqrt(np.prod(before[name].shape))), one)
             says = _from_to(one, other)
-            found.append(Difference(f"‖{name}‖", _part(name), abs(other - one) / one, allowed, says, _layer(name)))
+            found.append(Difference(f"‖{name}‖", _part(name), abs(other - one) / one, allowed, says, layer_of(name)))
     return found
 
 
@@ -416,11 +420,6 @@ def beyond(found: list[Difference]) -> list[Difference]:
     return sorted((one for one in found if one.excess > 1), key=lambda one: (-min(one.excess, 1e300), one.where))
 
 
-def worst(found: list[Difference]) -> Difference:
-    """The difference that exceeds what is allowed of it by most."""
-    return max(found, key=lambda one: one.excess)
-
-
 def summary(found: list[Difference], listed: int = 3) -> str:
     """What differs, largest first, and how much was compared."""
     differing = beyond(found)
@@ -429,6 +428,13 @@ def summary(found: list[Difference], listed: int = 3) -> str:
     where = "" if nearest_layers(differing) == "no layer" else f", {nearest_layers(differing)}"
     more = f"; {len(differing) - listed:,} more" if len(differing) > listed else ""
     return f"{len(differing):,} of {len(found):,} differ{where}: {'; '.join(map(str, differing[:listed]))}{more}"
+
+
+def verdict(found: list[Difference]) -> dict[str, Any]:
+    """What a law says of a kind: the arguments of `check`, but for the band. value: the largest excess."""
+    details = list(map(str, beyond(found)[:LISTED]))
+    value = max(one.excess for one in found)
+    return {"value": value, "what": "largest difference over what is allowed", "of": summary(found), "details": details}
 
 
 def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[str], bool]:

@@ -98,22 +98,26 @@ def _measure(
     from streamgauge import patching, sketch, weights
 
     started = time.monotonic()
+    dtypes = stored_dtypes(checkpoint)
     model, unread = opening.load_model(checkpoint, device)
     integrity = weights.measure_integrity(model) | {"unread": unread, "tokenizer": _beyond(checkpoint, model)}
     # A model with NaN in its weights cannot be run, and so cannot write prompts either.
     rows = None if integrity["not_finite"] else _rows(model, checkpoint, texts, built_in=built_in)
     n_parameters = sum(p.numel() for p in model.parameters())
-    parameters, tables = sketch.measure_parameters(model)
+    kept = [] if rows is None else _kept(known, rows.sha256(), wanted)
+    # Before the bridge is built, which renames tensors and adds some of its own.
+    parameters = {} if rows is None or "sketch" in kept else sketch.measure_parameters(model)
+    tables = _tables(model, dtypes)
     names = weights.parameter_names(model)
     bridge = opening.build_bridge(model)
     layout = opening.probe_layout(bridge)
     resets = weights.reset_gains(layout)
     integrity |= {} if resets is None else {"reset": resets}
 
-    metadata = _metadata(checkpoint, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
+    metadata = _metadata(checkpoint, dtypes, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
     metadata |= {
         "tasks_sha256": tasks_sha256(wanted.tasks),
-        "parameters": _with_dtypes(tables, checkpoint),
+        "parameters": tables,
         "config": _config(model),
     }
     arrays: dict[str, np.ndarray] = {}
@@ -124,12 +128,10 @@ def _measure(
         asked = "\n".join(texts) if isinstance(texts, list) else json.dumps(texts.rows)
         metadata["texts_sha256"] = hashlib.sha256(asked.encode()).hexdigest()
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled}
-        kept = _kept(known, metadata["prompts_sha256"], wanted)
         missing = [name for name in GROUPS if name not in kept]
         found = _measure_groups(bridge, layout, rows, missing, variants_of(wanted.horizons, layout.n_layers), show)
         if "sketch" in missing:
-            heads, absent = sketch.measure_heads(bridge, layout, weights.reason_without_heads(bridge, layout))
-            found["sketch"] = (parameters | heads, absent)
+            found["sketch"][0].update(parameters)
         if "patching" in missing:
             found["patching"] = patching.measure_patching(bridge, checkpoint.folder, wanted.tasks, show)
         if known is not None:
@@ -162,11 +164,13 @@ def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
     return [f"the tokenizer has token ids up to {largest}, the embedding {rows} rows"] if largest >= rows else []
 
 
-def _with_dtypes(tables: list[dict[str, Any]], checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The tables of a model's tensors, each with the dtype that its file has it in; a prefix may be missing there."""
-    dtypes = stored_dtypes(checkpoint)
+def _tables(model: Any, dtypes: dict[str, str]) -> list[dict[str, Any]]:
+    """Name and shape of each of a model's tensors, and the dtype that its file has it in; a prefix may be missing there."""
     short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
-    return [table | {"dtype": short.get(table["name"], short.get(table["name"].split(".", 1)[-1]))} for table in tables]
+    return [
+        {"name": name, "shape": list(p.shape), "dtype": short.get(name, short.get(name.split(".", 1)[-1]))}
+        for name, p in model.named_parameters()
+    ]
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -210,6 +214,7 @@ def _measure_groups(
         prediction,
         random_input,
         rounding,
+        sketch,
         stream,
         sublayer_effect,
         sublayers,
@@ -227,9 +232,12 @@ def _measure_groups(
     found: dict[str, Found] = {name: (meters[name].arrays(rows), meters[name].absent()) for name in reading if name in wanted}
     if "sublayers" in wanted and sublayers.is_scale_blind(layout):
         found["sublayers"][0].update(sublayers.measure_scale_blindness(bridge, layout, rows))
-    no_heads = weights.reason_without_heads(bridge, layout) if {"weights", "random_input"} & set(wanted) else None
+    by_head = {"weights", "random_input", "sketch"} & set(wanted)
+    no_heads = weights.reason_without_heads(bridge, layout) if by_head else None
     if "weights" in wanted:
         found["weights"] = ({}, {"weights": no_heads}) if no_heads else weights.measure_weights(bridge, layout)
+    if "sketch" in wanted:
+        found["sketch"] = sketch.measure_heads(bridge, no_heads)
     if "random_input" in wanted:
         found["random_input"] = random_input.measure_random_input(bridge, layout, meters["neurons"].early_inputs, no_heads)
     if "padding" in wanted:
@@ -272,7 +280,7 @@ def _first_not_finite(arrays: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout: Any, device: str) -> dict[str, Any]:
     norm = "LayerNorm" if layout.centres else "RMSNorm"
     if not layout.pre_norm:
         norm = "post-norm"
@@ -283,7 +291,7 @@ def _metadata(checkpoint: Checkpoint, model: Any, layout: Any, device: str) -> d
         "revision": checkpoint.revision,
         "weights_sha256": weights_sha256(checkpoint),
         "architecture": type(model).__name__,
-        "stored_dtype": ", ".join(sorted(set(stored_dtypes(checkpoint).values()))),
+        "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
         "arithmetic": "float32",
         "norm": norm,
         "centres": layout.centres,

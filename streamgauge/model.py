@@ -63,7 +63,8 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
             f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, {missing[0]} first: "
             "the checkpoint is truncated or its config belongs to another model."
         )
-    beyond = [name for name in sorted(loading["unexpected_keys"]) if _layer(name) >= config.get_text_config().num_hidden_layers]
+    depth = config.get_text_config().num_hidden_layers
+    beyond = [name for name in sorted(loading["unexpected_keys"]) if (layer_of(name) or 0) >= depth]
     if beyond:
         raise CheckpointError(
             f"{checkpoint.folder} holds {len(beyond)} tensors of layers that its config.json does not have, {beyond[0]} first: "
@@ -87,10 +88,10 @@ def _unread(model: Any, unexpected: Any) -> list[str]:
     return [name for name in inside if not name.endswith(BUFFERS)]
 
 
-def _layer(name: str) -> int:
-    """The layer in a tensor's name, -1 where it has none."""
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name, None where it has none."""
     found = LAYER.search(f".{name}")
-    return int(found.group(1)) if found else -1
+    return int(found.group(1)) if found else None
 
 
 def _unsupported(checkpoint: Checkpoint, why: str) -> CheckpointError:

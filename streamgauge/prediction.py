@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.forward import BATCH_TOKENS
+from streamgauge.horizon import SHORT
 from streamgauge.model import Layout, device_of
 from streamgauge.prompts import Prompts
 
@@ -52,10 +53,10 @@ def measure_causality(bridge: Any, layout: Layout, prompts: Prompts) -> tuple[di
     import torch
 
     row = max(prompts.rows, key=len)
-    kept = min(KEPT, len(row) - 1)
-    others = [row[-1 - i] for i in range(len(row) - kept)]  # the rest of it, backwards: other tokens at most places
-    if others == row[kept:]:
-        others = [row[0]] * len(others)
+    if len(row) < 2:
+        return {}, dict.fromkeys(["later_changes", "row_sum_error", "future_weight"], SHORT)
+    kept, vocabulary = min(KEPT, len(row) - 1), bridge.original_model.get_input_embeddings().num_embeddings
+    others = [(token + 1) % vocabulary for token in row[kept:]]
     last = layout.n_layers - 1
     streams: dict[int, torch.Tensor] = {}
     rows: dict[int, torch.Tensor] = {}
@@ -78,14 +79,10 @@ def measure_causality(bridge: Any, layout: Layout, prompts: Prompts) -> tuple[di
     ids = torch.tensor([row, row[:kept] + others], device=device_of(bridge))
     with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
         bridge(ids, return_type=None)
-    changes = (
-        [
-            float(((x[1] - x[0]).norm(dim=-1) / x[0].norm(dim=-1).clamp_min(1e-30))[:kept].max())
-            for x in (streams[n] for n in range(layout.n_layers + 1))
-        ]
-        if kept
-        else [0.0] * (layout.n_layers + 1)
-    )
+    changes = [
+        float(((x[1] - x[0]).norm(dim=-1) / x[0].norm(dim=-1).clamp_min(1e-30))[:kept].max())
+        for x in (streams[n] for n in range(layout.n_layers + 1))
+    ]
     arrays = {"later_changes": np.array(changes)}
     if len(rows) < layout.n_layers:
         return arrays, dict.fromkeys(["row_sum_error", "future_weight"], NO_PATTERN)

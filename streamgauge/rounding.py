@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.horizon import SHORT
 from streamgauge.model import Layout, device_of
 from streamgauge.prompts import Prompts
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 NOISE = 2.0**-12  # largest relative error of a weight
 DRAWS = 6
 TOKENS = 1024
-SHORT = "no prompt has two tokens, so there is nothing to predict"
 
 
 def measure_rounding(bridge: Any, layout: Layout, prompts: Prompts, show: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.model import Layout
-
 if TYPE_CHECKING:
     import torch
 
@@ -41,22 +39,20 @@ def sketch(tensor: "torch.Tensor") -> "torch.Tensor":
     return total
 
 
-def measure_parameters(model: Any) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Sketches (n, SKETCHES) and norms (n,) of all parameters of a plain model, and each one's name and shape."""
+def measure_parameters(model: Any) -> dict[str, np.ndarray]:
+    """Sketches (n, SKETCHES) and norms (n,) of all parameters of a plain model, in its order."""
     import torch
 
-    tables: list[dict[str, Any]] = []
     sketches, norms = [], []
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             whole = parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter
-            tables.append({"name": name, "shape": list(parameter.shape)})
             sketches.append(sketch(whole).cpu().numpy())
             norms.append(float(torch.linalg.vector_norm(whole, dtype=torch.float64)))
-    return {"parameters": np.array(sketches), "norms": np.array(norms)}, tables
+    return {"parameters": np.array(sketches), "norms": np.array(norms)}
 
 
-def measure_heads(bridge: Any, layout: Layout, no_heads: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def measure_heads(bridge: Any, no_heads: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Sketches of each head's matrices, (n_layers, n_heads, SKETCHES), and why they are absent."""
     if no_heads:
         return {}, dict.fromkeys(HEADS, no_heads)

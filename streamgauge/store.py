@@ -15,6 +15,7 @@ from streamgauge.errors import NotMeasured, RecordError, StoreError
 from streamgauge.measure import Wanted, is_current, measure
 from streamgauge.prompts import Prompts, read_prompts
 from streamgauge.record import Record, write_whole
+from streamgauge.untrusted import TEXTS
 
 KEY = "instrument 1"  # the way keys are made; records made by that instrument are found, and gain what they lack
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -97,7 +98,7 @@ class Store:
 
     def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str, rows: Prompts | None = None) -> str:
         """What a measurement depends on, as one hash."""
-        beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".json", ".model", ".txt")]
+        beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in TEXTS]
         parts = [
             self._weights_sha256(checkpoint),
             *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in beside_weights if p.is_file()),

@@ -93,7 +93,7 @@ def test_only_patching_is_measured_again_for_another_task(audit: Callable[..., A
     assert found.row("attention/circuit_patching")["value"] is not None
 
 
-def test_tasks_are_written_in_the_tokens_of_gpt2_if_it_is_there() -> None:
+def test_shipped_pairs_differ_and_are_of_equal_length() -> None:
     _, tasks = catalogue.shipped_circuits()
     assert {task.name for task in tasks} == {"ioi", "sva"}
     for task in tasks:

@@ -122,6 +122,15 @@ def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPa
     assert leaking.array("prediction/future_weight").max() > 1e-3
 
 
+def test_one_token_says_nothing_of_causality(baselines: Any) -> None:
+    from streamgauge.prompts import Prompts
+
+    folder, _ = baselines("gpt2")
+    record = streamgauge.measure(folder, rows=Prompts([[1], [2]], "test", None, sampled=True))
+    assert "prediction/later_changes" not in record.arrays
+    assert "two tokens" in record.metadata["absent"]["prediction/later_changes"]
+
+
 def test_sketches_estimate_distances() -> None:
     torch.manual_seed(0)
     weight = torch.randn(200, 96)

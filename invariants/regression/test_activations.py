@@ -10,7 +10,7 @@ Applies to: audits with --baseline that share prompts.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import LISTED, beyond, compare_activations, summary, worst
+from streamgauge.compare import compare_activations, verdict
 from streamgauge.record import Record
 
 ALLOWED = below(1, "measured effect of rounding, F quantile at a family-wise 1e-3")
@@ -18,8 +18,4 @@ ALLOWED = below(1, "measured effect of rounding, F quantile at a family-wise 1e-
 
 @pytest.mark.regression
 def test_activations(record: Record, baseline: Record, check) -> None:
-    found = compare_activations(baseline, record)
-    details = list(map(str, beyond(found)[:LISTED]))
-    check(
-        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
-    )
+    check(within=ALLOWED, **verdict(compare_activations(baseline, record)))

@@ -8,7 +8,7 @@ Applies to: audits with --baseline.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import LISTED, beyond, compare_config, summary, worst
+from streamgauge.compare import compare_config, verdict
 from streamgauge.record import Record
 
 ALLOWED = below(1, "equal entries")
@@ -16,8 +16,4 @@ ALLOWED = below(1, "equal entries")
 
 @pytest.mark.regression
 def test_config(record: Record, baseline: Record, check) -> None:
-    found = compare_config(baseline, record)
-    details = list(map(str, beyond(found)[:LISTED]))
-    check(
-        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
-    )
+    check(within=ALLOWED, **verdict(compare_config(baseline, record)))

@@ -10,7 +10,7 @@ Applies to: audits with --baseline.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import LISTED, beyond, compare_norms, summary, worst
+from streamgauge.compare import compare_norms, verdict
 from streamgauge.record import Record
 
 ALLOWED = below(1, "rounding of the two dtypes (Higham 2002, §3.5)")
@@ -18,8 +18,4 @@ ALLOWED = below(1, "rounding of the two dtypes (Higham 2002, §3.5)")
 
 @pytest.mark.regression
 def test_norms(record: Record, baseline: Record, check) -> None:
-    found = compare_norms(baseline, record)
-    details = list(map(str, beyond(found)[:LISTED]))
-    check(
-        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
-    )
+    check(within=ALLOWED, **verdict(compare_norms(baseline, record)))

@@ -10,7 +10,7 @@ Applies to: audits with --baseline of a record with sketches.
 import pytest
 
 from streamgauge.bands import below
-from streamgauge.compare import LISTED, beyond, compare_weights, summary, worst
+from streamgauge.compare import compare_weights, verdict
 from streamgauge.record import Record
 
 ALLOWED = below(1, "rounding of the two dtypes; for sketches Khinchine and Markov, less than 1e-7 a tensor")
@@ -18,8 +18,4 @@ ALLOWED = below(1, "rounding of the two dtypes; for sketches Khinchine and Marko
 
 @pytest.mark.regression
 def test_weights(record: Record, baseline: Record, check) -> None:
-    found = compare_weights(baseline, record)
-    details = list(map(str, beyond(found)[:LISTED]))
-    check(
-        worst(found).excess, within=ALLOWED, what="largest difference over what is allowed", of=summary(found), details=details
-    )
+    check(within=ALLOWED, **verdict(compare_weights(baseline, record)))
