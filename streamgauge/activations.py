@@ -4,7 +4,7 @@ import hashlib
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from streamgauge.errors import NotMeasured, UnknownModelError
 from streamgauge.forward import BATCH_TOKENS
 from streamgauge.prompts import Prompts, prompts_for, read_prompts
 from streamgauge.store import Store
+
+if TYPE_CHECKING:
+    from streamgauge.blockwise import Blockwise
 
 
 def stored_activations(
@@ -39,18 +42,19 @@ def _within(size: int, limit: int) -> None:
 
 
 def _compute(checkpoint: Checkpoint, paths: dict[str, Path], prompts: Path | None, device: str, limit: int) -> None:
-    from streamgauge.model import build_bridge, load_model
+    from streamgauge.blockwise import Blockwise
+    from streamgauge.model import load_model
 
-    model, _ = load_model(checkpoint, device)
-    rows = prompts_for(model, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
-    bridge = build_bridge(model)
-    unknown = [name for name in paths if name not in bridge.hook_dict]
+    mapped, _ = load_model(checkpoint, device)
+    rows = prompts_for(mapped, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
+    model = Blockwise(mapped)
+    unknown = [name for name in paths if name not in model.bridge.hook_dict]
     if unknown:
         raise UnknownModelError(f"{checkpoint.name} has no hook {unknown[0]!r}; bridge.hook_dict lists those it has.")
-    _run(bridge, rows, paths, limit)
+    _run(model, rows, paths, limit)
 
 
-def _run(bridge: Any, rows: Prompts, paths: dict[str, Path], limit: int) -> None:
+def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) -> None:
     """One forward pass over the prompts, each hook's vectors written to its file as they come."""
     import torch
 
@@ -58,10 +62,9 @@ def _run(bridge: Any, rows: Prompts, paths: dict[str, Path], limit: int) -> None
     files: dict[str, np.memmap[Any, Any]] = {}
     seen: dict[str, torch.Tensor] = {}
     hooks = [(name, lambda x, hook, name=name: seen.update({name: x.detach().cpu()})) for name in paths]
-    device = next(bridge.original_model.parameters()).device
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
         for batch in rows.batches(BATCH_TOKENS):
-            bridge(torch.tensor([rows.rows[i] for i in batch], device=device), return_type=None)
+            model.bridge(torch.tensor([rows.rows[i] for i in batch], device=model.device), return_type=None, use_cache=False)
             silent = [name for name in paths if name not in seen or len(seen[name]) != len(batch)]
             if silent:
                 raise NotMeasured(f"the hook {silent[0]} gave no row for each prompt")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from streamgauge.errors import NotApplicable
-from streamgauge.model import LAYER, layer_of
+from streamgauge.mapped import LAYER
+from streamgauge.model import layer_of
 from streamgauge.prompts import Prompts
 from streamgauge.record import Record
 from streamgauge.sketch import HEADS, factor, moved, surely_moved

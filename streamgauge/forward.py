@@ -1,11 +1,14 @@
-"""One forward pass over the prompts, read by meters: objects whose hooks reduce activations as they come."""
+"""One walk over the blocks, during which every group of measurements does with a block whatever it needs it for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from streamgauge.model import device_of
+from streamgauge.accounts import Accounts
+from streamgauge.blockwise import Blockwise, Hooks, by_layer
+from streamgauge.progress import track
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -14,25 +17,98 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 1024
 
 Readings = dict[tuple[str, int], list[np.ndarray]]
+Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays without its prefix, and why others are absent
+
+
+class Group(Protocol):
+    """A group of the record on its way."""
+
+    def visit(self, layer: int) -> None:
+        """Do what is to be done while the weights of this block are in memory; layers come in order."""
+
+    def found(self) -> Found:
+        """What was found, after the last block."""
+
+
+def walk(
+    model: Blockwise,
+    groups: Mapping[str, Group],
+    *,
+    accounts: Accounts | None = None,
+    show: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Visit all blocks with all groups, in their order; once `stop` says so, with the first alone."""
+    import torch
+
+    for layer in track(range(model.n_layers), "blocks", show):
+        with torch.no_grad(), model.held(layer):
+            for number, (name, group) in enumerate(groups.items()):
+                if number == 0 or not stop():
+                    with accounts.of(name) if accounts else nullcontext():
+                        group.visit(layer)
+
+
+def measure_group(model: Blockwise, *groups: Group) -> Found:
+    """What the last of a few groups finds by itself and those before it."""
+    walk(model, {str(number): group for number, group in enumerate(groups)})
+    return groups[-1].found()
 
 
 class Meter(Protocol):
-    """What run_prompts reads with."""
+    """What a PromptRun reads with: hooks that reduce activations as they come."""
 
-    def hooks(self) -> list[tuple[str, Any]]:
+    def hooks(self) -> Hooks:
         """Hook names and functions, as bridge.hooks takes them."""
 
 
-def run_prompts(bridge: Any, prompts: Prompts, meters: Sequence[Meter], show: bool) -> None:
-    """Run the model on every prompt, in the order of prompts.batches(BATCH_TOKENS), with the hooks of all meters."""
-    import torch
-    from tqdm import tqdm
+class PromptRun:
+    """All prompts on their way through the model, batch by batch, in the order of prompts.batches(BATCH_TOKENS)."""
 
-    batches = list(prompts.batches(BATCH_TOKENS))
-    hooks = [hook for meter in meters for hook in meter.hooks()]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
-        for batch in tqdm(batches, "forward pass", unit="batch", disable=None if show else True):
-            bridge(torch.tensor([prompts.rows[i] for i in batch], device=device_of(bridge)), return_type=None)
+    def __init__(self, model: Blockwise, prompts: Prompts, meters: Sequence[Meter]) -> None:
+        self.model, self.prompts = model, prompts
+        self.hooks = by_layer([hook for meter in meters for hook in meter.hooks()], model.n_layers)
+        self.batches = [model.enter([prompts.rows[i] for i in batch]) for batch in prompts.batches(BATCH_TOKENS)]
+
+    def visit(self, layer: int) -> None:
+        """Take every batch through a block."""
+        for batch in self.batches:
+            self.model.step(batch, layer, self.hooks[layer])
+
+    def found(self) -> Found:
+        """Nothing: the meters have it."""
+        return {}, {}
+
+
+class Reading:
+    """A group that reads each block for itself: `read` gives a layer's values by name."""
+
+    def __init__(self, read: Callable[[int], dict[str, Any]], absent: dict[str, str] | None = None) -> None:
+        self.read, self.absent = read, absent or {}
+        self.layers: list[dict[str, Any]] = []
+
+    def visit(self, layer: int) -> None:
+        """Read a layer."""
+        self.layers.append(self.read(layer))
+
+    def found(self) -> Found:
+        """The values of all layers, stacked."""
+        names = self.layers[0] if self.layers else ()
+        return {name: np.array([values[name] for values in self.layers]) for name in names}, self.absent
+
+
+class Absent:
+    """A group that this model does not have."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+
+    def visit(self, layer: int) -> None:
+        """Nothing is read."""
+
+    def found(self) -> Found:
+        """The reasons alone."""
+        return {}, self.reasons
 
 
 def note(readings: Readings, name: str, layer: int, values: "torch.Tensor") -> None:
@@ -41,7 +117,7 @@ def note(readings: Readings, name: str, layer: int, values: "torch.Tensor") -> N
 
 
 def by_token(readings: Readings, n_layers: int, prompts: Prompts) -> dict[str, np.ndarray]:
-    """Arrays (n_layers, n_tokens) of what run_prompts read, put from the order of batches into that of the prompts."""
+    """Arrays (n_layers, n_tokens) of what a PromptRun's meters read, put from the order of batches into that of the prompts."""
     starts = np.cumsum([0, *map(len, prompts.rows)])
     order = [np.arange(starts[i], starts[i + 1]) for batch in prompts.batches(BATCH_TOKENS) for i in batch]
     columns = np.concatenate(order)

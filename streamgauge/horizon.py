@@ -4,13 +4,14 @@ What layer n reads, x_n = embedding + Σ_{i<n} (attn_i + mlp_i), is replaced by 
 definition leaves details open, which are the fields of a Variant.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamgauge.forward import run_prompts
-from streamgauge.model import Layout, device_of
+from streamgauge.blockwise import Batch, Blockwise, Hooks
+from streamgauge.forward import Found, walk
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def all_variants(first: int) -> list[Variant]:
 def default_grid(n_layers: int) -> list[int]:
     """Horizons that are tried: more where the loss bends, and one beyond the depth, which leaves nothing out.
 
-    A horizon k costs 1 - k / n_layers of a forward pass, all together about 7.5.
+    A horizon k > 0 costs 1 - k / n_layers of a forward pass, all together about 6.5; each an unembedding besides.
     """
     return sorted({round(fraction * n_layers) for fraction in FRACTIONS} | {n_layers + 1})
 
@@ -100,35 +101,6 @@ def horizon_interval(
     return float(low), float(high)
 
 
-def measure_horizon(
-    bridge: Any, layout: Layout, prompts: Prompts, variants: list[Variant], show: bool = False
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and why they are absent."""
-    import torch
-    from tqdm import tqdm
-
-    if not layout.pre_norm:
-        return {}, {"horizon": POST_NORM}
-    rows = some_prompts(prompts)
-    if not rows.rows:
-        return {}, {"horizon": SHORT}
-    means = MeanMeter(layout)
-    run_prompts(bridge, rows, [means], show=False)
-    grid = default_grid(layout.n_layers)
-    losses = {variant.name: np.full((len(grid), len(rows.rows)), np.nan) for variant in variants}
-    clean = np.full(len(rows.rows), np.nan)
-    with torch.no_grad():
-        for batch in tqdm(list(rows.batches(BATCH_TOKENS)), "layer horizons", unit="batch", disable=None if show else True):
-            run = CleanRun(bridge, layout, [rows.rows[i] for i in batch])
-            clean[batch] = run.loss
-            for variant in variants:
-                for number, k in enumerate(grid):
-                    losses[variant.name][number, batch] = truncated_loss(bridge, run, variant, k, means.streams())
-    tokens = np.array([len(row) - 1 for row in rows.rows], np.int32)
-    arrays = {"k": np.array(grid, np.int32), "clean_loss": clean, "tokens": tokens}
-    return arrays | {f"loss.{name}": loss for name, loss in losses.items()}, {}
-
-
 def some_prompts(prompts: Prompts) -> Prompts:
     """ROWS prompts of two tokens or more, spread over the set."""
     usable = [row for row in prompts.rows if len(row) > 1]
@@ -138,120 +110,159 @@ def some_prompts(prompts: Prompts) -> Prompts:
     return Prompts([usable[i] for i in chosen], prompts.source, prompts.bos)
 
 
-class MeanMeter:
-    """Mean of the stream at each layer, at position 0 and at all others."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.sums: dict[int, torch.Tensor] = {}
-        self.counts = np.zeros(2)
-
-    def hooks(self) -> list[tuple[str, Any]]:
-        """What bridge.hooks takes."""
-        last = self.layout.n_layers - 1
-        hooks = [(f"blocks.{n}.hook_resid_pre", self._adder(n)) for n in range(self.layout.n_layers)]
-        return [*hooks, (f"blocks.{last}.hook_resid_post", self._adder(last + 1))]
-
-    def streams(self) -> "torch.Tensor":
-        """Shape (n_layers + 1, 2, d_model): means at position 0 and elsewhere."""
-        import torch
-
-        sums = torch.stack([self.sums[n] for n in range(self.layout.n_layers + 1)])
-        counts = torch.as_tensor(self.counts, device=sums.device)
-        return (sums / counts[:, None].clamp_min(1)).float()
-
-    def _adder(self, layer: int) -> Any:
-        def add(x: "torch.Tensor", hook: Any) -> None:
-            import torch
-
-            parts = torch.stack([x[:, 0].double().sum(0), x[:, 1:].double().sum((0, 1))])
-            self.sums[layer] = self.sums[layer] + parts if layer in self.sums else parts
-            if layer == 0:
-                self.counts += (x.shape[0], x.shape[0] * (x.shape[1] - 1))
-
-        return add
-
-
-class CleanRun:
-    """One batch as the model runs it: the stream into each block and behind the last, and each row's loss."""
-
-    def __init__(self, bridge: Any, layout: Layout, rows: list[list[int]]) -> None:
-        import torch
-
-        self.ids = torch.tensor(rows, device=device_of(bridge))
-        self.n_layers = layout.n_layers
-        kept: dict[int, torch.Tensor] = {}
-
-        def keeper(layer: int) -> Any:
-            return lambda x, hook: kept.__setitem__(layer, x.clone())
-
-        hooks = [(f"blocks.{n}.hook_resid_pre", keeper(n)) for n in range(self.n_layers)]
-        hooks.append((f"blocks.{self.n_layers - 1}.hook_resid_post", keeper(self.n_layers)))
-        with bridge.hooks(fwd_hooks=hooks):
-            logits = bridge(self.ids, return_type="logits")
-        self.streams = [kept[n] for n in range(self.n_layers + 1)]
-        self.loss = row_losses(logits, self.ids)
-
-
-def row_losses(logits: "torch.Tensor", ids: "torch.Tensor") -> np.ndarray:
-    """Mean cross-entropy of the next token for each row, nats."""
+def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:
+    """Cross-entropy of each next token, nats, (rows, positions - 1), where a stream ends."""
     import torch
 
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return np.asarray(losses.double().mean(1).cpu().numpy())
+    losses = []
+    for part in model.in_parts(ids):
+        logits = model.logits(ids[part], stream[part])
+        losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[part][:, 1:], reduction="none"))
+    return np.asarray(torch.cat(losses).double().cpu().numpy())
 
 
-def truncated_loss(bridge: Any, run: CleanRun, variant: Variant, k: int, means: "torch.Tensor") -> np.ndarray:
-    """Each row's loss at horizon k. Layers that the horizon leaves untouched are not run again."""
-    depth = run.n_layers
-    first = max(k, variant.first) if variant.reach == "everywhere" else depth
-    if first > depth:
-        return run.loss  # no layer is so deep
-    start = min(first, depth - 1)
-    cut = _Truncation(run, variant, k, first, means)
-    hooks = [(f"blocks.{n}.hook_resid_pre", cut.entering(n)) for n in range(start, depth)]
-    hooks += [(f"blocks.{n}.hook_resid_post", cut.leaving(n)) for n in range(start, depth)]
-    with bridge.hooks(fwd_hooks=hooks):
-        logits = bridge(run.streams[start], start_at_layer=start, return_type="logits")
-    return row_losses(logits, run.ids)
+class CleanRuns:
+    """Some prompts as the model runs them: the stream into each block and behind the last, by batch, and its mean.
 
-
-class _Truncation:
-    """Hooks that give blocks truncated streams, and put together what they then write.
-
-    whole[n] is the embedding and all outputs below n, as recomputed; entered[n] is what block n was given.
+    readers: give hooks for a layer and a batch's number, with which others read along.
     """
 
-    def __init__(self, run: CleanRun, variant: Variant, k: int, first: int, means: "torch.Tensor") -> None:
-        self.run, self.variant, self.k, self.first, self.means = run, variant, k, first, means
-        self.whole = list(run.streams[: min(first, run.n_layers - 1) + 1])
+    def __init__(self, model: Blockwise, prompts: Prompts) -> None:
+        self.model, self.prompts = model, some_prompts(prompts)
+        self.members = list(self.prompts.batches(BATCH_TOKENS))
+        self.batches = [model.enter([self.prompts.rows[i] for i in members]) for members in self.members]
+        self.streams = [[batch.stream] for batch in self.batches]
+        self.means = [self._mean(0)] if self.batches else []
+        self.readers: list[Callable[[int, int], Hooks]] = []
+
+    def visit(self, layer: int) -> None:
+        """Take all batches through a block."""
+        for number, (batch, streams) in enumerate(zip(self.batches, self.streams, strict=True)):
+            hooks = [hook for reader in self.readers for hook in reader(layer, number)]
+            streams.append(self.model.step(batch, layer, hooks).clone())
+        self.means.append(self._mean(layer + 1))
+
+    def found(self) -> Found:
+        """Nothing by itself."""
+        return {}, {}
+
+    def _mean(self, layer: int) -> "torch.Tensor":
+        """Mean of the stream at position 0 and at all others, (2, d_model)."""
+        import torch
+
+        streams = [streams[layer].double() for streams in self.streams]
+        sums = [sum(x[:, 0].sum(0) for x in streams), sum(x[:, 1:].sum((0, 1)) for x in streams)]
+        counts = [sum(x.shape[0] for x in streams), sum(x.shape[0] * (x.shape[1] - 1) for x in streams)]
+        return torch.stack([total / max(count, 1) for total, count in zip(sums, counts, strict=True)]).float()
+
+
+class Horizons:
+    """All horizons of a variant on their way through the model, together, from the first layer that they cut.
+
+    clean: runs of some prompts as they are, which must be visited before. Variants but the first have walks of their own
+    afterwards, so that their streams are not in memory together.
+    """
+
+    def __init__(self, clean: CleanRuns, variants: list[Variant]) -> None:
+        self.clean, self.model, self.variants = clean, clean.model, variants
+        self.grid = default_grid(self.model.n_layers)
+        self.calls: dict[tuple[int, int], Batch] = {}
+        self.lanes = self._lanes(variants[0])
+
+    def visit(self, layer: int) -> None:
+        """Take all that are cut here or below through a block, in one call a batch."""
+        import torch
+
+        for number, (batch, lanes) in enumerate(zip(self.clean.batches, self.lanes, strict=True)):
+            cut = [lane for lane in lanes if lane.runs and lane.first <= layer]
+            if not cut:
+                continue
+            together = self._batch(number, batch.ids, len(cut))
+            together.stream = torch.cat([lane.enter(layer) for lane in cut])
+            for lane, x in zip(cut, self.model.step(together, layer).chunk(len(cut)), strict=True):
+                lane.leave(layer, x)
+
+    def found(self) -> Found:
+        """Each row's loss by variant, (n_k, rows), and without any cut."""
+        clean = np.full(len(self.clean.prompts.rows), np.nan)
+        for members, batch, streams in zip(self.clean.members, self.clean.batches, self.clean.streams, strict=True):
+            clean[members] = self._loss(batch, streams[-1])
+        tokens = np.array([len(row) - 1 for row in self.clean.prompts.rows], np.int32)
+        arrays = {"k": np.array(self.grid, np.int32), "clean_loss": clean, "tokens": tokens}
+        for variant in self.variants:
+            if variant != self.variants[0]:
+                self.lanes = self._lanes(variant)
+                walk(self.model, {variant.name: self})
+            arrays[f"loss.{variant.name}"] = self._losses(clean)
+        return arrays, {}
+
+    def _lanes(self, variant: Variant) -> "list[list[_Lane]]":
+        """By batch, all horizons of a variant."""
+        depth, means = self.model.n_layers, self.clean.means
+        return [[_Lane(variant, k, depth, streams, means) for k in self.grid] for streams in self.clean.streams]
+
+    def _losses(self, clean: np.ndarray) -> np.ndarray:
+        """Each row's loss at each horizon, (n_k, rows); clean: without any cut."""
+        losses = np.tile(clean, (len(self.grid), 1))
+        for members, batch, lanes in zip(self.clean.members, self.clean.batches, self.lanes, strict=True):
+            for number, lane in enumerate(lanes):
+                if lane.first <= self.model.n_layers:
+                    losses[number, members] = self._loss(batch, lane.final())
+        return losses
+
+    def _batch(self, number: int, ids: "torch.Tensor", copies: int) -> Batch:
+        """So many copies of a batch, entered once."""
+        if (number, copies) not in self.calls:
+            self.calls = {key: batch for key, batch in self.calls.items() if key[0] != number}
+            self.calls[number, copies] = self.model.enter(ids.repeat(copies, 1))
+        return self.calls[number, copies]
+
+    def _loss(self, batch: Batch, stream: "torch.Tensor") -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            return np.asarray(token_losses(self.model, batch.ids, stream).mean(1))
+
+
+class _Lane:
+    """One horizon of one variant on one batch.
+
+    own[n] is the embedding and all outputs below n, as recomputed; below the first cut they are the clean ones. entered is
+    what the block at work was given.
+    """
+
+    def __init__(self, variant: Variant, k: int, depth: int, clean: "list[torch.Tensor]", means: "list[torch.Tensor]") -> None:
+        self.variant, self.k, self.depth, self.clean, self.means = variant, k, depth, clean, means
+        self.first = max(k, variant.first) if variant.reach == "everywhere" else depth
+        # At horizon 0 all outputs are cut from the final output, so that what the blocks would write need not be known.
+        self.runs = self.first < depth and k > 0
+        self.own: dict[int, torch.Tensor] = {}
         self.entered: torch.Tensor | None = None
 
-    def entering(self, layer: int) -> Any:
-        def give(x: "torch.Tensor", hook: Any) -> "torch.Tensor":
-            source = self.run.streams if self.variant.streams == "clean" else self.whole
-            self.entered = self._cut(source, layer) if layer >= self.first else self.run.streams[layer]
-            return self.entered
+    def enter(self, layer: int) -> "torch.Tensor":
+        """What a block reads."""
+        self.entered = self._cut(self.clean.__getitem__ if self.variant.streams == "clean" else self._whole, layer)
+        return self.entered
 
-        return give
+    def leave(self, layer: int, x: "torch.Tensor") -> None:
+        """Put together what was there and what the block wrote."""
+        self.own[layer + 1] = x + (self._whole(layer) - self.entered)
+        self.own.pop(layer + 1 - self.k - 1, None)  # further back than anything will look
 
-    def leaving(self, layer: int) -> Any:
-        def take(x: "torch.Tensor", hook: Any) -> "torch.Tensor":
-            self.whole.append(x + (self.whole[layer] - self.entered))  # x itself where nothing was cut
-            if layer < self.run.n_layers - 1:
-                return self.whole[-1]
-            # The final output reads what the blocks wrote, within the horizon.
-            return self._cut(self.whole, layer + 1)
+    def final(self) -> "torch.Tensor":
+        """What the unembedding reads: what the blocks wrote, within the horizon."""
+        return self._cut(self._whole, self.depth)
 
-        return take
+    def _whole(self, layer: int) -> "torch.Tensor":
+        return self.own[layer] if layer in self.own else self.clean[layer]
 
-    def _cut(self, streams: "list[torch.Tensor]", layer: int) -> "torch.Tensor":
+    def _cut(self, stream: "Callable[[int], torch.Tensor]", layer: int) -> "torch.Tensor":
         """The stream at a layer without what lies more than k layers back."""
         bottom = max(layer - self.k, 0)
-        gone, mean = streams[bottom], self.means[bottom]
+        gone, mean = stream(bottom), self.means[bottom]
         if self.variant.embedding == "kept":
-            gone, mean = gone - streams[0], mean - self.means[0]
-        cut = streams[layer] - gone
+            gone, mean = gone - stream(0), mean - self.means[0]
+        cut = stream(layer) - gone
         if self.variant.fill == "zero":
             return cut
         cut[:, 0] += mean[0]

@@ -1,25 +1,35 @@
 """Measure a checkpoint: one function from a name to a record."""
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
 import re
-import resource
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge import forward
+from streamgauge.accounts import Accounts
 from streamgauge.checkpoint import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.circuits import Task
-from streamgauge.errors import PromptError
-from streamgauge.horizon import Variant, variants_of
-from streamgauge.patching import tasks_sha256
+from streamgauge.errors import NotMeasured, PromptError, UnknownModelError
+from streamgauge.forward import Absent, Found, Group, walk
+from streamgauge.horizon import POST_NORM, SHORT, variants_of
+from streamgauge.mapped import Mapped
+from streamgauge.patching import measure_patching, tasks_sha256
+from streamgauge.progress import track
 from streamgauge.prompts import Prompts, load_tokenizer, prompts_for, read_prompts
 from streamgauge.record import Record
+
+if TYPE_CHECKING:
+    from streamgauge.blockwise import Blockwise
+    from streamgauge.model import Layout
+    from streamgauge.tensors import Tensors
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
 GROUPS = {
@@ -43,8 +53,6 @@ NOT_FUNCTION = re.compile(
     r"|^return_|^output_|gradient|^is_encoder_decoder|^tokenizer_class|aux_loss|router_jitter"
 )
 
-Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays, and why others are absent
-
 
 def measure(
     model: str | Path | Checkpoint,
@@ -55,15 +63,18 @@ def measure(
     horizons: str = "default",
     tasks: Sequence[Task] = (),
     rows: Prompts | None = None,
+    groups: Sequence[str] | None = None,
     known: Record | None = None,
+    digest: str | None = None,
     show: bool = False,
 ) -> Record:
-    """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`.
+    """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`, or those named.
 
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of the layer horizon that are
     tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. rows: token
     ids to measure on instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups are
-    taken over where they are as this instrument would measure them. show: progress on stderr.
+    taken over where they are as this instrument would measure them. digest: the weights' sha256, where it is known.
+    show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
@@ -72,16 +83,23 @@ def measure(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
     texts = rows or read_prompts(prompts)
-    wanted = Wanted(horizons, tuple(tasks))
-    return _measure(checkpoint, texts, built_in=prompts is None, device=device, wanted=wanted, known=known, show=show)
+    unknown = sorted(set(groups or ()) - set(GROUPS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], GROUPS, n=3, cutoff=0)
+        raise UnknownModelError(f"a record has no group {unknown[0]!r}; the nearest are {', '.join(near)}.")
+    wanted = Wanted(horizons, tuple(tasks), tuple(name for name in GROUPS if groups is None or name in groups))
+    return _measure(
+        checkpoint, texts, built_in=prompts is None, device=device, wanted=wanted, known=known, digest=digest, show=show
+    )
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a record may be asked to hold: variants of the layer horizon (`default` or `all`), and tasks for patching."""
+    """What a record is asked to hold: variants of the layer horizon (`default` or `all`), tasks for patching, and groups."""
 
     horizons: str = "default"
     tasks: tuple[Task, ...] = ()
+    groups: tuple[str, ...] = field(default_factory=lambda: tuple(GROUPS))
 
 
 def _measure(
@@ -92,69 +110,86 @@ def _measure(
     device: str,
     wanted: Wanted,
     known: Record | None,
+    digest: str | None,
     show: bool,
 ) -> Record:
     from streamgauge import model as opening
-    from streamgauge import patching, sketch, weights
+    from streamgauge import weights
+    from streamgauge.blockwise import Blockwise
+    from streamgauge.tensors import Tensors, parameter_tables
 
-    started = time.monotonic()
-    dtypes = stored_dtypes(checkpoint)
-    model, unread = opening.load_model(checkpoint, device)
-    integrity = weights.measure_integrity(model) | {"unread": unread, "tokenizer": _beyond(checkpoint, model)}
-    # A model with NaN in its weights cannot be run, and so cannot write prompts either.
-    rows = None if integrity["not_finite"] else _rows(model, checkpoint, texts, built_in=built_in)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    kept = [] if rows is None else _kept(known, rows.sha256(), wanted)
-    # Before the bridge is built, which renames tensors and adds some of its own.
-    parameters = {} if rows is None or "sketch" in kept else sketch.measure_parameters(model)
-    tables = _tables(model, dtypes)
-    names = weights.parameter_names(model)
-    bridge = opening.build_bridge(model)
-    layout = opening.probe_layout(bridge)
+    accounts = Accounts()
+    hashing = ThreadPoolExecutor(1).submit(weights_sha256, checkpoint) if digest is None else None
+    with accounts.of("loading"):
+        dtypes = stored_dtypes(checkpoint)
+        mapped, unread = opening.load_model(checkpoint, device)
+        beyond = _beyond(checkpoint, mapped.model)
+    with accounts.of("prompts"):
+        rows, why = _rows(mapped, checkpoint, texts, built_in=built_in)
+    with accounts.of("loading"):
+        model = Blockwise(mapped)
+        layout = opening.probe_layout(model)
+    missing = [name for name in wanted.groups if name not in _kept(known, rows, wanted)]
+    tensors = Tensors(model, with_sketches="sketch" in missing)
+    groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
+    walk(model, {"tensors": tensors} | groups, accounts=accounts, show=show, stop=lambda: tensors.broken)
+
+    integrity = tensors.problems | {"unread": unread, "tokenizer": beyond}
     resets = weights.reset_gains(layout)
     integrity |= {} if resets is None else {"reset": resets}
-
-    metadata = _metadata(checkpoint, dtypes, model, layout, device) | {"integrity": integrity, "n_parameters": n_parameters}
-    metadata |= {
+    metadata = _metadata(checkpoint, dtypes, mapped.model, layout, device) | {
+        "integrity": integrity,
+        "n_parameters": sum(tensor.numel() for tensor in tensors.tensors.values()),
         "tasks_sha256": tasks_sha256(wanted.tasks),
-        "parameters": tables,
-        "config": _config(model),
+        "parameters": parameter_tables(model, dtypes),
+        "config": _config(mapped.model),
+        "groups": {name: GROUPS[name] for name in wanted.groups},
     }
     arrays: dict[str, np.ndarray] = {}
-    if rows is None:
-        reason = f"the weights are not finite: {integrity['not_finite'][0]}"
-        metadata["failed"] = dict.fromkeys(GROUPS, reason)
+    if rows is None or tensors.broken:
+        reason = f"the weights are not finite: {integrity['not_finite'][0]}" if tensors.broken else why
+        metadata["failed"] = dict.fromkeys(wanted.groups, reason)
     else:
         asked = "\n".join(texts) if isinstance(texts, list) else json.dumps(texts.rows)
         metadata["texts_sha256"] = hashlib.sha256(asked.encode()).hexdigest()
         metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled}
-        missing = [name for name in GROUPS if name not in kept]
-        found = _measure_groups(bridge, layout, rows, missing, variants_of(wanted.horizons, layout.n_layers), show)
-        if "sketch" in missing:
-            found["sketch"][0].update(parameters)
+        found = _found(groups, tensors, missing, accounts, show)
         if "patching" in missing:
-            found["patching"] = patching.measure_patching(bridge, checkpoint.folder, wanted.tasks, show)
+            with accounts.of("patching"):
+                found["patching"] = measure_patching(model, checkpoint.folder, wanted.tasks, show)
         if known is not None:
-            arrays = _take_over(known, kept, metadata)
+            arrays = _take_over(known, [name for name in wanted.groups if name not in missing], metadata)
         for group, (values, absent) in found.items():
             arrays |= _take_in(group, values, absent, metadata)
-        if "weights/W_OV_frobenius" in arrays:
-            metadata["matrices"] = weights.locate_matrices(bridge, names, checkpoint)
-    metadata["seconds"] = round(time.monotonic() - started, 3)
-    metadata["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Record(arrays, metadata)
+        metadata["matrices"] = _matrices(groups, known)
+    metadata["weights_sha256"] = digest if hashing is None else hashing.result()
+    return Record(arrays, metadata | accounts.close())
 
 
-def _rows(model: Any, checkpoint: Checkpoint, texts: list[str] | Prompts, *, built_in: bool) -> Prompts:
-    """Rows of token ids that this model can read. Raises PromptError where given ones are beyond it."""
+def _matrices(groups: dict[str, Group], known: Record | None) -> dict[str, Any]:
+    """Where W_V and W_O lie in the files: as was found now, or before."""
+    located: Any = groups.get("matrices")
+    if located is not None:
+        return located.places  # type: ignore[no-any-return]
+    return {} if known is None else known.metadata["matrices"]
+
+
+def _rows(mapped: Mapped, checkpoint: Checkpoint, texts: list[str] | Prompts, *, built_in: bool) -> tuple[Prompts | None, str]:
+    """Rows of token ids that this model can read, or why it cannot write any.
+
+    Raises PromptError where given ones are beyond it.
+    """
     if not isinstance(texts, Prompts):
-        return prompts_for(model, checkpoint.folder, texts, built_in=built_in)
-    vocabulary, largest = model.get_input_embeddings().num_embeddings, max(map(max, texts.rows))
+        try:
+            return prompts_for(mapped, checkpoint.folder, texts, built_in=built_in), ""
+        except NotMeasured as error:
+            return None, str(error)
+    vocabulary, largest = mapped.model.get_input_embeddings().num_embeddings, max(map(max, texts.rows))
     if largest >= vocabulary:
         raise PromptError(
             f"the prompts hold token id {largest}, but the embedding of {checkpoint.folder} has {vocabulary} rows."
         )
-    return texts
+    return texts, ""
 
 
 def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
@@ -162,15 +197,6 @@ def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
     tokenizer, rows = load_tokenizer(checkpoint.folder), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
     return [f"the tokenizer has token ids up to {largest}, the embedding {rows} rows"] if largest >= rows else []
-
-
-def _tables(model: Any, dtypes: dict[str, str]) -> list[dict[str, Any]]:
-    """Name and shape of each of a model's tensors, and the dtype that its file has it in; a prefix may be missing there."""
-    short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
-    return [
-        {"name": name, "shape": list(p.shape), "dtype": short.get(name, short.get(name.split(".", 1)[-1]))}
-        for name, p in model.named_parameters()
-    ]
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -195,61 +221,85 @@ def is_current(record: Record, wanted: Wanted | None = None) -> bool:
     return current_groups(record, wanted or Wanted()) == list(GROUPS)
 
 
-def _kept(known: Record | None, prompts_sha256: str, wanted: Wanted) -> list[str]:
+def _kept(known: Record | None, rows: Prompts | None, wanted: Wanted) -> list[str]:
     """The groups of an earlier record that need not be measured again."""
-    if known is None or known.metadata.get("prompts_sha256") != prompts_sha256:
+    if known is None or rows is None or known.metadata.get("prompts_sha256") != rows.sha256():
         return []
     return current_groups(known, wanted)
 
 
-def _measure_groups(
-    bridge: Any, layout: Any, rows: Prompts, wanted: list[str], variants: list[Variant], show: bool
-) -> dict[str, Found]:
-    """Each wanted group; the model is run over the prompts only for groups that need it."""
-    from streamgauge import (
-        forward,
-        horizon,
-        neurons,
-        padding,
-        prediction,
-        random_input,
-        rounding,
-        sketch,
-        stream,
-        sublayer_effect,
-        sublayers,
-        weights,
-    )
+def _groups(
+    model: "Blockwise", layout: "Layout", rows: Prompts, missing: list[str], wanted: Wanted, checkpoint: Checkpoint
+) -> dict[str, Group]:
+    """What visits the blocks for the missing groups, in the order in which they need each other.
 
-    meters: dict[str, Any] = {
-        "stream": stream.StreamMeter(layout),
-        "neurons": neurons.NeuronMeter(layout, rows),
-        "sublayers": sublayers.OutputsMeter(layout),
-    }
-    reading = [name for name in meters if name in wanted or (name == "neurons" and "random_input" in wanted)]
-    if reading:
-        forward.run_prompts(bridge, rows, [meters[name] for name in reading], show)
-    found: dict[str, Found] = {name: (meters[name].arrays(rows), meters[name].absent()) for name in reading if name in wanted}
-    if "sublayers" in wanted and sublayers.is_scale_blind(layout):
-        found["sublayers"][0].update(sublayers.measure_scale_blindness(bridge, layout, rows))
-    by_head = {"weights", "random_input", "sketch"} & set(wanted)
-    no_heads = weights.reason_without_heads(bridge, layout) if by_head else None
-    if "weights" in wanted:
-        found["weights"] = ({}, {"weights": no_heads}) if no_heads else weights.measure_weights(bridge, layout)
-    if "sketch" in wanted:
-        found["sketch"] = sketch.measure_heads(bridge, no_heads)
-    if "random_input" in wanted:
-        found["random_input"] = random_input.measure_random_input(bridge, layout, meters["neurons"].early_inputs, no_heads)
-    if "padding" in wanted:
-        found["padding"] = padding.measure_padding(bridge, layout, rows)
-    if "horizon" in wanted:
-        found["horizon"] = horizon.measure_horizon(bridge, layout, rows, variants, show)
-    if "sublayer_effect" in wanted:
-        found["sublayer_effect"] = sublayer_effect.measure_sublayer_effect(bridge, layout, rows)
-    if "prediction" in wanted:
-        found["prediction"] = prediction.measure_prediction(bridge, layout, rows, show)
-    if "rounding" in wanted:
-        found["rounding"] = rounding.measure_rounding(bridge, layout, rows, show)
+    The model is run over the prompts, and over some of them with all streams kept, only for groups that need it.
+    """
+    from streamgauge import neurons, padding, prediction, random_input, rounding, sketch, stream, sublayers, weights
+
+    def needed(*names: str) -> bool:
+        return bool(set(names) & set(missing))
+
+    groups: dict[str, Group] = {}
+    streams, fired = stream.StreamMeter(layout, rows), neurons.NeuronMeter(layout, rows)
+    outputs = sublayers.OutputsMeter(layout, rows)
+    meters: dict[str, Any] = {"stream": streams} if needed("stream") else {}
+    meters |= {"neurons": fired} if needed("neurons", "random_input") else {}
+    meters |= {"sublayers": outputs} if needed("sublayers") else {}
+    if meters or needed("prediction"):
+        run = groups["prompts"] = forward.PromptRun(model, rows, list(meters.values()))
+    groups |= meters
+    if needed("sublayers") and sublayers.is_scale_blind(layout):
+        groups["scale_blindness"] = sublayers.ScaleBlindness(model, layout, rows)
+    no_heads = weights.reason_without_heads(model, layout) if needed("weights", "random_input", "sketch") else None
+    if needed("weights") and no_heads:
+        groups["weights"] = Absent({"weights": no_heads})
+    elif needed("weights"):
+        groups |= {"weights": weights.WeightsGroup(model, layout), "matrices": weights.Locator(model, checkpoint)}
+    if needed("sketch"):
+        groups["sketch"] = sketch.heads_group(model, no_heads)
+    if needed("random_input"):
+        groups["random_input"] = random_input.RandomInputGroup(model, layout, fired, no_heads)
+    if needed("padding"):
+        groups["padding"] = padding.padding_group(model, layout, rows)
+    if needed("prediction"):
+        groups["prediction"] = prediction.PredictionGroup(model, run)
+    if needed("horizon", "sublayer_effect"):
+        groups |= _on_clean_runs(model, layout, rows, missing, wanted)
+    if needed("rounding"):
+        groups["rounding"] = rounding.rounding_group(model, layout, rows)
+    return groups
+
+
+def _on_clean_runs(model: "Blockwise", layout: "Layout", rows: Prompts, missing: list[str], wanted: Wanted) -> dict[str, Group]:
+    """The groups that start from some prompts' streams at every layer."""
+    from streamgauge import horizon, sublayer_effect
+
+    asked = [name for name in ("horizon", "sublayer_effect") if name in missing]
+    if not layout.pre_norm:
+        return {name: Absent({name: POST_NORM}) for name in asked}
+    clean = horizon.CleanRuns(model, rows)
+    if not clean.batches:
+        return {name: Absent({name: SHORT}) for name in asked}
+    groups: dict[str, Group] = {"clean_runs": clean}
+    if "horizon" in asked:
+        groups["horizon"] = horizon.Horizons(clean, variants_of(wanted.horizons, layout.n_layers))
+    if "sublayer_effect" in asked:
+        groups["sublayer_effect"] = sublayer_effect.SublayerEffects(layout, clean)
+    return groups
+
+
+def _found(
+    groups: dict[str, Group], tensors: "Tensors", missing: list[str], accounts: Accounts, show: bool
+) -> dict[str, Found]:
+    """What each missing group found, after the walk."""
+    found: dict[str, Found] = {}
+    for name in track([name for name in missing if name in groups], "predictions", show):
+        with accounts.of(name):
+            found[name] = groups[name].found()
+    for name, more in (("sublayers", groups.get("scale_blindness")), ("sketch", tensors)):
+        if name in found and more is not None:
+            found[name][0].update(more.found()[0])
     return found
 
 
@@ -289,7 +339,6 @@ def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
-        "weights_sha256": weights_sha256(checkpoint),
         "architecture": type(model).__name__,
         "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
         "arithmetic": "float32",
@@ -302,7 +351,6 @@ def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
-        "groups": dict(GROUPS),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")},
         "device": device,
         "matrices": {},

@@ -1,25 +1,28 @@
 """Open a checkpoint in TransformerLens's raw bridge, and find out what its norms do. Imports torch inside functions."""
 
 import inspect
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.checkpoint import Checkpoint, count_elements
+from streamgauge.checkpoint import Checkpoint, count_elements, stored_dtypes
 from streamgauge.errors import CheckpointError
+from streamgauge.mapped import LAYER, Mapped
 from streamgauge.untrusted import refuse_sizes
 
-LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+if TYPE_CHECKING:
+    from streamgauge.blockwise import Blockwise
+
 BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
 
 
-def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
-    """The checkpoint as a plain Hugging Face causal language model: fp32, eager attention, eval mode.
+def load_model(checkpoint: Checkpoint, device: str) -> tuple[Mapped, list[str]]:
+    """The checkpoint as a plain Hugging Face causal language model that computes in fp32: eager attention, eval mode.
 
-    With the names of the tensors in the files' blocks that the model has no place for.
+    Its weights are mapped, not read. With the names of the tensors in the files' blocks that the model has no place for.
 
     Raises CheckpointError for an architecture that transformers or the bridge does not know, and for weights that do
     not fill the model that config.json describes.
@@ -42,11 +45,12 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise _unsupported(checkpoint, f"TransformerLens has no bridge for {architecture}")
     refuse_sizes(checkpoint.folder / "config.json", lambda: auto.from_config(config), count_elements(checkpoint))
+    dtype = _mapped_dtype(checkpoint)
     try:
         model, loading = auto.from_pretrained(
             checkpoint.folder,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
@@ -70,12 +74,43 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Any, list[str]]:
             f"{checkpoint.folder} holds {len(beyond)} tensors of layers that its config.json does not have, {beyond[0]} first: "
             "its config belongs to another model."
         )
+    unread = _unread(model, loading["unexpected_keys"])
+    stored = {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if dtype != torch.float32:
+        model = _in_fp32(model, lambda: auto.from_config(config, dtype=torch.float32, attn_implementation="eager"))
     try:
-        return model.to(device).eval(), _unread(model, loading["unexpected_keys"])
+        return Mapped(model.eval(), stored, device), unread
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"the device {device!r} cannot be used ({_first_line(error)}); name another with --device."
         ) from error
+
+
+def _mapped_dtype(checkpoint: Checkpoint) -> Any:
+    """The dtype that all floating-point tensors are mapped in: the files' own where that is a narrow one throughout.
+
+    Tensors of any other dtype than this are converted when the checkpoint is opened, and then lie in memory.
+    """
+    import torch
+
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    kinds = {dtype for dtype in stored_dtypes(checkpoint).values() if "F" in dtype}
+    return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _in_fp32(narrow: Any, make: Callable[[], Any]) -> Any:
+    """The model that `make` builds, without weights; its buffers are as they are in fp32, but for those that the files hold."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = make()
+    kept = narrow.state_dict(keep_vars=True)
+    for name, buffer in narrow.named_buffers():
+        if name in kept:
+            path, _, attribute = name.rpartition(".")
+            own = model.get_submodule(path)._buffers
+            own[attribute] = buffer.to(own[attribute].dtype)
+    return model
 
 
 def _unread(model: Any, unexpected: Any) -> list[str]:
@@ -163,19 +198,21 @@ class Layout:
         return x - x.mean(-1, keepdim=True) if self.centres else x
 
 
-def probe_layout(bridge: Any) -> Layout:
+def probe_layout(model: "Blockwise") -> Layout:
     """Find out by trying: norms are run on known vectors, and a block on two tokens. Raises CheckpointError."""
     try:
-        return _probe_layout(bridge)
+        return _probe_layout(model)
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise _no_bridge(bridge.original_model, error) from error
+        raise _no_bridge(model.mapped.model, error) from error
 
 
-def _probe_layout(bridge: Any) -> Layout:
+def _probe_layout(model: "Blockwise") -> Layout:
     import torch
 
-    blocks = list(bridge.blocks)
-    seen = _first_block(bridge)
+    bridge, blocks = model.bridge, model.blocks
+    seen = _first_block(model)
 
     def same(one: str, other: str) -> bool:
         return one in seen and other in seen and seen[one].shape == seen[other].shape and torch.equal(seen[one], seen[other])
@@ -198,26 +235,22 @@ def _probe_layout(bridge: Any) -> Layout:
         # A mixture of experts answers to mlp.hook_pre too, but with its input.
         has_neurons=all({"in", "out"} <= set(block.mlp.submodules) for block in blocks),
         epsilon=float(bridge.cfg.eps),
-        multiplier=float(getattr(bridge.original_model.config.get_text_config(), "residual_multiplier", 1.0)),
+        multiplier=float(getattr(model.mapped.model.config.get_text_config(), "residual_multiplier", 1.0)),
     )
 
 
-def _first_block(bridge: Any) -> dict[str, Any]:
+def _first_block(model: "Blockwise") -> dict[str, Any]:
     """What the first block's norms and MLP read and write on two tokens, by hook."""
     import torch
 
     seen: dict[str, torch.Tensor] = {}
-    names = [n for n in ("ln1.hook_in", "ln1.hook_out", "ln2.hook_out", "mlp.hook_in") if f"blocks.0.{n}" in bridge.hook_dict]
+    there = model.bridge.hook_dict
+    names = [n for n in ("ln1.hook_in", "ln1.hook_out", "ln2.hook_out", "mlp.hook_in") if f"blocks.0.{n}" in there]
     names += ["hook_resid_pre"]
     hooks = [(f"blocks.0.{name}", lambda x, hook, name=name: seen.update({name: x})) for name in names]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
-        bridge(torch.tensor([[1, 0]], device=device_of(bridge)), return_type=None)
+    with torch.no_grad():
+        model.step(model.enter([[1, 0]]), 0, hooks)
     return seen
-
-
-def device_of(bridge: Any) -> Any:
-    """The torch device that the model's first parameter is on."""
-    return next(bridge.original_model.parameters()).device
 
 
 def run_mlp(block: Any, layout: Layout, x: Any) -> Any:

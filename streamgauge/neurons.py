@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.forward import Readings, by_token, note
+from streamgauge.forward import Found, Readings, by_token, note
 from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
 from streamgauge.weights import EXPERTS
@@ -26,10 +26,11 @@ class NeuronMeter:
     """
 
     def __init__(self, layout: Layout, prompts: Prompts) -> None:
-        self.layout = layout
+        self.layout, self.prompts = layout, prompts
         self.position = min(map(len, prompts.rows)) - 1
         self.readings: Readings = {}
         self.hidden: dict[int, list[torch.Tensor]] = {}
+        self.singular_values: list[np.ndarray] = []
         self.early_inputs: dict[int, list[torch.Tensor]] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
@@ -44,15 +45,19 @@ class NeuronMeter:
             hooks += [(f"blocks.{n}.mlp.hook_post", self._hook(self._keep_hidden, n)) for n in layers]
         return hooks
 
-    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
-        """Arrays of the group, without its prefix."""
-        arrays = by_token(self.readings, self.layout.n_layers, prompts)
+    def visit(self, layer: int) -> None:
+        """Reduce what the hooks kept of a layer."""
         if self.position and self.hidden:
-            arrays["singular_values"] = np.array([_singular_values(self.hidden[n]) for n in range(self.layout.n_layers)])
-        return arrays
+            self.singular_values.append(_singular_values(self.hidden.pop(layer)))
 
-    def absent(self) -> dict[str, str]:
-        """The arrays that this model does not have, and why."""
+    def found(self) -> Found:
+        """Arrays of the group, and why others are absent."""
+        arrays = by_token(self.readings, self.layout.n_layers, self.prompts)
+        if self.singular_values:
+            arrays["singular_values"] = np.array(self.singular_values)
+        return arrays, self._absent()
+
+    def _absent(self) -> dict[str, str]:
         if not self.layout.has_neurons:
             return {"activation_rate": EXPERTS, "singular_values": EXPERTS}
         return {} if self.position else {"singular_values": ONE_TOKEN}
@@ -64,7 +69,7 @@ class NeuronMeter:
         return hooked
 
     def _read_rate(self, layer: int, x: "torch.Tensor") -> None:
-        note(self.readings, "activation_rate", layer, (x > 0).double().mean(-1))
+        note(self.readings, "activation_rate", layer, (x > 0).sum(-1).double() / x.shape[-1])
 
     def _keep_hidden(self, layer: int, x: "torch.Tensor") -> None:
         kept = self.hidden.setdefault(layer, [])

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.model import Layout, context_length, device_of
+from streamgauge.blockwise import Blockwise
+from streamgauge.forward import Absent, Found, Group
+from streamgauge.model import Layout, context_length
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -15,23 +17,32 @@ NO_TOKEN = "the configuration names no padding, end-of-text or beginning-of-text
 NO_ROOM = "the context has no room for padding behind a text"
 
 
-def measure_padding(bridge: Any, layout: Layout, prompts: Prompts) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def padding_group(model: Blockwise, layout: Layout, prompts: Prompts) -> Group:
     """Norms at PADDING padding tokens behind each of TEXTS prompts, cut to one length: (n_layers + 1, tokens), no mask."""
-    import torch
-
-    config = bridge.original_model.config
-    token = padding_token(config, bridge.original_model.get_input_embeddings().num_embeddings)
+    config = model.mapped.model.config
+    token = padding_token(config, model.vocabulary)
     length = min([*map(len, prompts.rows), context_length(config) - PADDING])
     if token is None or length < 1:
-        return {}, {"padding": NO_TOKEN if token is None else NO_ROOM}
-    rows = [row[:length] + [token] * PADDING for row in prompts.rows[:TEXTS]]
-    norms: dict[int, np.ndarray] = {}
-    hooks = [(f"blocks.{n}.hook_resid_pre", _norms_behind(length, layout, norms, n)) for n in range(layout.n_layers)]
-    last = layout.n_layers - 1
-    hooks.append((f"blocks.{last}.hook_resid_post", _norms_behind(length, layout, norms, last + 1)))
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
-        bridge(torch.tensor(rows, device=device_of(bridge)), return_type=None)
-    return {"resid": np.array([norms[n] for n in range(layout.n_layers + 1)], np.float32)}, {}
+        return Absent({"padding": NO_TOKEN if token is None else NO_ROOM})
+    return _Padding(model, layout, [row[:length] + [token] * PADDING for row in prompts.rows[:TEXTS]])
+
+
+class _Padding:
+    def __init__(self, model: Blockwise, layout: Layout, rows: list[list[int]]) -> None:
+        self.model, self.layout, self.batch = model, layout, model.enter(rows)
+        self.norms = [self._norms(self.batch.stream)]
+
+    def visit(self, layer: int) -> None:
+        self.norms.append(self._norms(self.model.step(self.batch, layer)))
+
+    def found(self) -> Found:
+        return {"resid": np.array(self.norms, np.float32)}, {}
+
+    def _norms(self, x: "torch.Tensor") -> np.ndarray:
+        import torch
+
+        behind = self.layout.centre(x[:, -PADDING:])
+        return np.asarray(torch.linalg.vector_norm(behind, dim=-1).reshape(-1).cpu().numpy())
 
 
 def padding_token(config: Any, vocabulary: int) -> int | None:
@@ -43,12 +54,3 @@ def padding_token(config: Any, vocabulary: int) -> int | None:
         if isinstance(token, int) and 0 <= token < vocabulary:
             return token
     return None
-
-
-def _norms_behind(length: int, layout: Layout, norms: dict[int, np.ndarray], layer: int) -> Any:
-    def read(x: "torch.Tensor", hook: Any) -> None:
-        import torch
-
-        norms[layer] = torch.linalg.vector_norm(layout.centre(x[:, length:]), dim=-1).reshape(-1).cpu().numpy()
-
-    return read

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.blockwise import Blockwise
 from streamgauge.circuits import Pair, Task
-from streamgauge.model import device_of
+from streamgauge.forward import Found
+from streamgauge.progress import track
 from streamgauge.prompts import load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,28 +32,24 @@ def tasks_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
 
 
-def measure_patching(
-    bridge: Any, folder: Path, tasks: Sequence[Task], show: bool = False
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def measure_patching(model: Blockwise, folder: Path, tasks: Sequence[Task], show: bool = False) -> Found:
     """Each task's scores, (n_layers, n_heads), and why they are absent.
 
     A head's score is the part of the clean prompts' advantage over the corrupted ones (log odds of answer against wrong,
     summed over pairs) that its output on the clean prompt, put into the corrupted run at all positions, brings back.
     """
-    from tqdm import tqdm
-
     if not tasks:
         return {}, {"patching": NO_TASK}
-    if "blocks.0.attn.hook_z" not in bridge.hook_dict:
+    if "blocks.0.attn.hook_z" not in model.bridge.hook_dict:
         return {}, {"patching": NO_HEADS}
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return {}, {"patching": NO_TOKENIZER}
     arrays: dict[str, np.ndarray] = {}
     absent: dict[str, str] = {}
-    for task in tqdm(tasks, "patching heads", unit="task", disable=None if show else True):
+    for task in track(tasks, "patching heads", show):
         pairs = [ids for pair in task.pairs if (ids := _token_ids(tokenizer, pair)) is not None]
-        scores = _scores(bridge, pairs) if pairs else NO_PAIR
+        scores = _scores(model, pairs) if pairs else NO_PAIR
         if isinstance(scores, str):
             absent[task.name] = scores
         else:
@@ -75,26 +73,26 @@ def _token_ids(tokenizer: Any, pair: Pair) -> PairIds | None:
     return bos + clean, bos + corrupted, answer[0], wrong[0]
 
 
-def _scores(bridge: Any, pairs: list[PairIds]) -> np.ndarray | str:
+def _scores(model: Blockwise, pairs: list[PairIds]) -> np.ndarray | str:
     import torch
 
     by_length: dict[int, list[PairIds]] = {}
     for pair in pairs:
         by_length.setdefault(len(pair[0]), []).append(pair)
     with torch.no_grad():
-        sums = [_advantages(bridge, batch) for batch in by_length.values()]
+        sums = [_advantages(model, batch) for batch in by_length.values()]
     patched, clean, corrupted = (sum(values) for values in zip(*sums, strict=True))
     if not float(clean - corrupted) > 0:
         return NO_EFFECT
     return np.asarray((patched - corrupted) / (clean - corrupted))
 
 
-def _advantages(bridge: Any, pairs: list[PairIds]) -> tuple[np.ndarray, float, float]:
+def _advantages(model: Blockwise, pairs: list[PairIds]) -> tuple[np.ndarray, float, float]:
     """Log odds of answer against wrong, summed over pairs of one length: with each head patched, clean, and corrupted."""
     import torch
     from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
 
-    device = device_of(bridge)
+    bridge, device = model.bridge, model.device
     clean, corrupted, answer, wrong = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
     rows = torch.arange(len(pairs), device=device)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamgauge.errors import PromptError
+from streamgauge.errors import NotMeasured, PromptError
+from streamgauge.mapped import Mapped
 
 BUILT_IN = Path(__file__).with_name("prompts.txt")
 SAMPLED_PROMPTS, SAMPLED_LENGTH = 64, 16
@@ -76,13 +77,14 @@ def tokenise(folder: Path, texts: list[str], *, context: int, vocabulary: int, s
     return Prompts([row[:context] for row in rows], source, bos)
 
 
-def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -> Prompts:
+def prompts_for(mapped: Mapped, folder: Path, texts: list[str], *, built_in: bool) -> Prompts:
     """The prompts in a loaded model's tokens, or text sampled from the model where its tokenizer cannot write ours.
 
-    Raises PromptError where it cannot write the user's own.
+    Raises PromptError where it cannot write the user's own, NotMeasured where the model gives no finite numbers.
     """
     from streamgauge.model import context_length
 
+    model = mapped.model
     context, vocabulary = context_length(model.config), model.get_input_embeddings().num_embeddings
     prompts = tokenise(folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
     if prompts is not None:
@@ -93,7 +95,7 @@ def prompts_for(model: Any, folder: Path, texts: list[str], *, built_in: bool) -
         )
     bos = model.config.get_text_config().bos_token_id
     usable = isinstance(bos, int) and bos < vocabulary
-    return sample(model, bos=bos if usable else None, context=context, vocabulary=vocabulary)
+    return sample(mapped, bos=bos if usable else None, context=context, vocabulary=vocabulary)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -121,7 +123,7 @@ def _expresses(tokenizer: Any, texts: list[str], encoded: list[list[int]]) -> bo
     return kept >= USABLE_SHARE * sum(map(len, texts))
 
 
-def sample(model: Any, *, bos: int | None, context: int, vocabulary: int) -> Prompts:
+def sample(mapped: Mapped, *, bos: int | None, context: int, vocabulary: int) -> Prompts:
     """Text drawn from the model itself, token by token at temperature 1, from a fixed seed."""
     import torch
 
@@ -130,11 +132,13 @@ def sample(model: Any, *, bos: int | None, context: int, vocabulary: int) -> Pro
         start = torch.randint(vocabulary, (SAMPLED_PROMPTS, 1), generator=generator)
     else:
         start = torch.full((SAMPLED_PROMPTS, 1), bos)
-    ids, past = start.to(model.device), None
+    ids, past = start.to(mapped.device), None
     with torch.no_grad():
         while ids.shape[1] < min(SAMPLED_LENGTH, context):
-            output = model(ids[:, -1:], past_key_values=past, use_cache=True)
+            output = mapped.model(ids[:, -1:], past_key_values=past, use_cache=True)
             past, odds = output.past_key_values, output.logits[:, -1].float().softmax(-1).cpu()
+            if not bool(torch.isfinite(odds).all()):
+                raise NotMeasured("the model gave NaN or Inf when it was to write prompts")
             ids = torch.cat([ids, torch.multinomial(odds, 1, generator=generator).to(ids.device)], 1)
     source = f"{SAMPLED_PROMPTS} rows of {ids.shape[1]} tokens sampled from the model: no tokenizer that can write the prompts"
     return Prompts(ids.tolist(), source, bos, sampled=True)

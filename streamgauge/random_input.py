@@ -1,13 +1,16 @@
 """The `random_input` group: what attention's W_OV and the MLP answer to inputs that know nothing of layer or text."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.blockwise import Blockwise
 from streamgauge.convention import random_inputs
-from streamgauge.model import Layout, device_of, run_mlp
-from streamgauge.neurons import EARLY
+from streamgauge.forward import Found
+from streamgauge.model import Layout, run_mlp
+from streamgauge.neurons import EARLY, NeuronMeter
 from streamgauge.stream import NO_LN1, POST_NORM
 from streamgauge.weights import EXPERTS
 
@@ -16,33 +19,38 @@ if TYPE_CHECKING:
 
 PRECISION = 0.005  # standard error of each layer's mean norm, relative to it
 BATCH, MOST_BATCHES = 512, 64
+KEPT_BATCHES = 4  # of the Gaussian sequence, which every layer is given from its start
 NO_MLP_NORM = "no norm precedes the MLP"
 SHORT = f"no prompt has positions {EARLY.start} to {EARLY.stop - 1}"
 
 Sampler = Callable[[int], "torch.Tensor"]  # from a batch's number to its vectors, (BATCH, d_model)
 
 
-def measure_random_input(
-    bridge: Any, layout: Layout, early_inputs: "dict[int, list[torch.Tensor]]", no_heads: str | None
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have.
+class RandomInputGroup:
+    """What a block's two sublayers make of random inputs.
 
-    early_inputs: what NeuronMeter kept. no_heads: why W_V and W_O cannot be had, if so. Every layer is given vectors
-    of one Gaussian sequence from its start, so layers differ by their weights. Batches are drawn until the standard
+    neurons: the meter whose early inputs are resampled. no_heads: why W_V and W_O cannot be had, if so. Every layer is given
+    vectors of one Gaussian sequence from its start, so layers differ by their weights. Batches are drawn until the standard
     error of the mean norm is below PRECISION of it, at most MOST_BATCHES.
     """
-    import torch
 
-    readings: dict[str, list[np.ndarray]] = {}
-    with torch.no_grad():
-        for layer, block in enumerate(bridge.blocks):
-            found = [] if no_heads or not layout.has_ln1 else list(_measure_attention(block, layout, layer, device_of(bridge)))
-            if layout.mlp_norm is not None:
-                found += _measure_mlp(bridge, block, layout, layer, early_inputs.get(layer, []))
-            for name, values in found:
-                readings.setdefault(name, []).append(values)
-    arrays = {name: np.array(values) for name, values in readings.items()}
-    return arrays, _absent(layout, arrays, no_heads)
+    def __init__(self, model: Blockwise, layout: Layout, neurons: NeuronMeter, no_heads: str | None) -> None:
+        self.model, self.layout, self.neurons, self.no_heads = model, layout, neurons, no_heads
+        self.readings: dict[str, list[np.ndarray]] = {}
+
+    def visit(self, layer: int) -> None:
+        """Draw a layer's random inputs; it must have seen the prompts before, for those that are resampled."""
+        block, layout = self.model.blocks[layer], self.layout
+        found = [] if self.no_heads or not layout.has_ln1 else list(_measure_attention(self.model, block, layout, layer))
+        if layout.mlp_norm is not None:
+            found += _measure_mlp(self.model, block, layout, layer, self.neurons.early_inputs.pop(layer, []))
+        for name, values in found:
+            self.readings.setdefault(name, []).append(values)
+
+    def found(self) -> Found:
+        """Arrays of the group, and the reasons for those that this architecture does not have."""
+        arrays = {name: np.array(values) for name, values in self.readings.items()}
+        return arrays, _absent(self.layout, arrays, self.no_heads)
 
 
 def _absent(layout: Layout, arrays: dict[str, np.ndarray], no_heads: str | None) -> dict[str, str]:
@@ -64,21 +72,22 @@ def _names(kind: str) -> list[str]:
     return [f"{kind}_norm", f"{kind}_error", f"{kind}_samples", *rates]
 
 
-def _measure_attention(block: Any, layout: Layout, layer: int, device: Any) -> Iterator[tuple[str, np.ndarray]]:
-    yield from _respond("attn", _gaussian(layout, layer, device, for_mlp=False), lambda x: _attention(block, layout, x), None)
+def _measure_attention(model: Blockwise, block: Any, layout: Layout, layer: int) -> Iterator[tuple[str, np.ndarray]]:
+    sample = _gaussian(layout, layer, model.device, for_mlp=False)
+    yield from _respond("attn", sample, lambda x: _attention(block, layout, x), None)
 
 
 def _measure_mlp(
-    bridge: Any, block: Any, layout: Layout, layer: int, early: "list[torch.Tensor]"
+    model: Blockwise, block: Any, layout: Layout, layer: int, early: "list[torch.Tensor]"
 ) -> Iterator[tuple[str, np.ndarray]]:
     rates: list[float] = []
-    hooks = [(f"blocks.{layer}.mlp.hook_pre", lambda x, hook: rates.append(float((x > 0).double().mean())))]
+    hooks = [(f"blocks.{layer}.mlp.hook_pre", lambda x, hook: rates.append(float((x > 0).sum()) / x.numel()))]
 
     def answer(x: "torch.Tensor") -> "torch.Tensor":
         return layout.centre(run_mlp(block, layout, x))
 
-    with bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
-        yield from _respond("mlp", _gaussian(layout, layer, device_of(bridge), for_mlp=True), answer, rates)
+    with model.bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
+        yield from _respond("mlp", _gaussian(layout, layer, model.device, for_mlp=True), answer, rates)
         if early:
             yield from _respond("resampled", _resampled(block, layout, early), answer, rates)
 
@@ -115,12 +124,19 @@ def _gaussian(layout: Layout, layer: int, device: Any, *, for_mlp: bool) -> Samp
 
     gain = layout.mlp_gains[layer] if for_mlp else layout.gains[layer]
     bias = layout.mlp_biases[layer] if for_mlp else np.zeros(1)
+    gain, bias = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (gain, bias))
 
     def sample(batch: int) -> "torch.Tensor":
-        x = random_inputs(BATCH, layout.d_model, layout.centres, seed=batch)
-        return torch.from_numpy((gain * x + bias).astype(np.float32)).to(device)
+        return torch.addcmul(bias, _inputs(layout.d_model, layout.centres, batch).to(device), gain)
 
     return sample
+
+
+@lru_cache(KEPT_BATCHES)
+def _inputs(d_model: int, centres: bool, batch: int) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(random_inputs(BATCH, d_model, centres, seed=batch).astype(np.float32))
 
 
 def _resampled(block: Any, layout: Layout, early: "list[torch.Tensor]") -> Sampler:

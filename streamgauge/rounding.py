@@ -4,12 +4,16 @@ What two checkpoints that differ by rounding alone may differ by in behaviour is
 model with relative noise of a known size on every weight.
 """
 
+import contextlib
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.horizon import SHORT
-from streamgauge.model import Layout, device_of
+from streamgauge.blockwise import Blockwise
+from streamgauge.forward import Absent, Found, Group
+from streamgauge.horizon import SHORT, token_losses
+from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -17,30 +21,18 @@ if TYPE_CHECKING:
 
 NOISE = 2.0**-12  # largest relative error of a weight
 DRAWS = 6
-TOKENS = 1024
+TOKENS = 256
+PERIOD = 2**20 + 7  # prime: no width divides it, so that no two rows of a matrix are noisy alike
 
 
-def measure_rounding(bridge: Any, layout: Layout, prompts: Prompts, show: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and why they are absent.
+def rounding_group(model: Blockwise, layout: Layout, prompts: Prompts) -> Group:
+    """How far norms and losses move under noise.
 
     resid: (DRAWS, n_layers + 1) root mean square over tokens of the change of log ‖stream‖, over NOISE; attn_out and mlp_out,
     (DRAWS, n_layers), likewise. loss: (DRAWS, 1) of the change of a token's loss, over NOISE.
     """
-    import torch
-    from tqdm import tqdm
-
     rows = _few(prompts)
-    if not rows:
-        return {}, {"rounding": SHORT}
-    ids = torch.tensor(rows, device=device_of(bridge))
-    changes: dict[str, list[np.ndarray]] = {}
-    with torch.no_grad():
-        clean = _run(bridge, layout, ids, None)
-        for draw in tqdm(range(DRAWS), "rounding", unit="run", disable=None if show else True):
-            for name, noisy in _run(bridge, layout, ids, draw).items():
-                difference = (noisy - clean[name]) / NOISE
-                changes.setdefault(name, []).append(difference.square().mean(-1).sqrt().cpu().numpy())
-    return {name: np.array(values) for name, values in changes.items()}, {}
+    return _Rounding(model, layout, rows) if rows else Absent({"rounding": SHORT})
 
 
 def _few(prompts: Prompts) -> list[list[int]]:
@@ -53,83 +45,72 @@ def _few(prompts: Prompts) -> list[list[int]]:
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, max(1, TOKENS // length)).astype(int))]
 
 
-def _run(bridge: Any, layout: Layout, ids: "torch.Tensor", draw: int | None) -> "dict[str, torch.Tensor]":
-    """Log norms (layers, tokens) of the stream and of what is added to it, and losses (1, predictions).
+class _Rounding:
+    """One batch as the model runs it, and DRAWS more that see every weight with noise of their own."""
 
-    With a draw every weight is noisy while it is used, and what it was again afterwards.
-    """
-    import torch
+    def __init__(self, model: Blockwise, layout: Layout, rows: list[list[int]]) -> None:
+        self.model, self.layout = model, layout
+        self.noises = [None, *(_Noise(draw) for draw in range(DRAWS))]
+        self.names = ["attn_out", "mlp_out"] if layout.pre_norm else []
+        self.norms: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in ["resid", *self.names]} for _ in self.noises]
+        self.batches = []
+        for norms, noise in zip(self.norms, self.noises, strict=True):
+            with self._noisy(noise):
+                self.batches.append(model.enter(rows))
+            norms["resid"].append(self._log_norms(self.batches[-1].stream))
 
-    norms: dict[tuple[str, int], torch.Tensor] = {}
+    def visit(self, layer: int) -> None:
+        """Take all batches through a block, each with its own weights."""
+        block = self.model.blocks[layer].original_component
+        for batch, norms, noise in zip(self.batches, self.norms, self.noises, strict=True):
+            hooks = [(f"blocks.{layer}.hook_{name}", self._reader(norms[name])) for name in self.names]
+            with self._noisy(noise, block):
+                norms["resid"].append(self._log_norms(self.model.step(batch, layer, hooks)))
 
-    def keep(name: str, layer: int) -> Any:
-        def take(x: "torch.Tensor", hook: Any) -> None:
-            sizes = torch.linalg.vector_norm(layout.centre(x).double(), dim=-1)
-            norms[name, layer] = sizes.flatten().clamp_min(1e-300).log()
+    def found(self) -> Found:
+        """Arrays of the group."""
+        import torch
 
-        return take
+        found = [{name: torch.stack(values) for name, values in norms.items()} for norms in self.norms]
+        for noise, batch, values in zip(self.noises, self.batches, found, strict=True):
+            with self._noisy(noise), torch.no_grad():
+                values["loss"] = torch.as_tensor(token_losses(self.model, batch.ids, batch.stream)).flatten()[None]
+        clean, *noisy = found
+        moved = {
+            name: np.array([((one[name] - clean[name]) / NOISE).square().mean(-1).sqrt().cpu().numpy() for one in noisy])
+            for name in clean
+        }
+        return moved, {}
 
-    depth = layout.n_layers
-    names = ["attn_out", "mlp_out"] if layout.pre_norm else []
-    hooks = [(f"blocks.{n}.hook_resid_pre", keep("resid", n)) for n in range(depth)]
-    hooks.append((f"blocks.{depth - 1}.hook_resid_post", keep("resid", depth)))
-    hooks += [(f"blocks.{n}.hook_{name}", keep(name, n)) for name in names for n in range(depth)]
-    noisy = [] if draw is None else [_Noise(module, draw * 1000 + n) for n, module in enumerate(_parts(bridge))]
-    try:
-        with bridge.hooks(fwd_hooks=hooks):
-            logits = bridge(ids, return_type="logits")
-    finally:
-        for noise in noisy:
-            noise.remove()
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
-    found = {name: torch.stack([norms[name, n] for n in range(depth)]) for name in names}
-    return found | {"resid": torch.stack([norms["resid", n] for n in range(depth + 1)]), "loss": loss.flatten()[None]}
+    def _reader(self, values: "list[torch.Tensor]") -> Any:
+        return lambda x, hook: values.append(self._log_norms(x))
 
+    def _log_norms(self, x: "torch.Tensor") -> "torch.Tensor":
+        import torch
 
-def _parts(bridge: Any) -> list[Any]:
-    """Modules that hold weights of their own, each of which is run as one: embeddings, blocks, last norm, unembedding."""
-    model = bridge.original_model
-    blocks = [block.original_component for block in bridge.blocks]
-    within = {id(module) for block in blocks for module in block.modules()}
-    others = [m for m in model.modules() if id(m) not in within and any(True for _ in m.parameters(recurse=False))]
-    return blocks + others
+        return torch.linalg.vector_norm(self.layout.centre(x).double(), dim=-1).flatten().clamp_min(1e-300).log()
+
+    def _noisy(self, noise: "_Noise | None", block: Any = None) -> Any:
+        return contextlib.nullcontext() if noise is None else self.model.mapped.changed(noise, block)
 
 
 class _Noise:
-    """Relative noise on a module's parameters while it runs."""
+    """Relative noise on weights: a sequence of PERIOD numbers, over and over, from a start that depends on name and draw."""
 
-    def __init__(self, module: Any, seed: int) -> None:
-        self.seed = seed
-        # A bridge keeps parts of a fused tensor as parameters of their own: views, which the whole stands for.
-        whole = sorted(module.parameters(), key=lambda p: p.numel())
-        self.parameters = list({p.untyped_storage().data_ptr(): p for p in whole}.values())
-        self.kept: list[torch.Tensor] = []
-        # A bridge computes norms itself, and does not run the module that holds their gains: these are noisy throughout.
-        self.throughout = all(p.dim() < 2 for p in self.parameters)
-        self.handles: list[Any] = []
-        if self.throughout:
-            self._add()
-        else:
-            self.handles.append(module.register_forward_pre_hook(self._add))
-            self.handles.append(module.register_forward_hook(self._restore, always_call=True))
-
-    def remove(self) -> None:
-        """Take the hooks off, and the noise that lasts."""
-        for handle in self.handles:
-            handle.remove()
-        if self.throughout:
-            self._restore()
-
-    def _add(self, *_: Any) -> None:
+    def __init__(self, draw: int) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed)
-        for parameter in self.parameters:
-            self.kept.append(parameter.data.clone())
-            noise = torch.rand(parameter.shape, generator=generator).mul_(2 * NOISE).add_(1 - NOISE)
-            parameter.data.mul_(noise.to(parameter.device))
+        generator = torch.Generator().manual_seed(draw)
+        self.draw = draw
+        self.factors = torch.rand(PERIOD, generator=generator).mul_(2 * NOISE).add_(1 - NOISE)
 
-    def _restore(self, *_: Any) -> None:
-        for parameter, kept in zip(self.parameters, self.kept, strict=True):
-            parameter.data.copy_(kept)
-        self.kept.clear()
+    def __call__(self, name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
+        """Weights with noise; rows: which of the parameter's rows these are, all where None."""
+        import torch
+
+        width = values.shape[-1] if values.dim() else 1
+        first = torch.arange(values.numel() // width) if rows is None else rows.cpu()
+        start = zlib.crc32(f"{name} {self.draw}".encode())
+        factors = self.factors.repeat(2 + width // PERIOD)
+        places = (start + first * width) % PERIOD
+        return values * torch.stack([factors[place : place + width] for place in places.tolist()]).view_as(values).to(values)

@@ -6,65 +6,57 @@ from two records, whatever the change left alone of its norm.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from streamgauge.blockwise import Blockwise
+from streamgauge.forward import Absent, Group, Reading
 
 if TYPE_CHECKING:
     import torch
 
 SKETCHES = 16
-ROWS = 8192  # of a tensor are taken to fp64 at once
+NUMBERS = 2**18  # of a tensor are taken to fp64 at once
 HEADS = ("W_Q", "W_K", "W_V", "W_O")
 
 
+@cache
 def signs(length: int, side: int) -> np.ndarray:
     """Random signs, (SKETCHES, length), the same for every axis of this length on this side (0 left, 1 right)."""
     # RandomState, because its stream is frozen: sketches must be comparable for years.
     return np.random.RandomState([length % 2**32, side]).randint(0, 2, (SKETCHES, length)).astype(np.int8) * 2 - 1
 
 
+def pieces(tensor: "torch.Tensor") -> "Iterator[torch.Tensor]":
+    """A matrix's or a batch of matrices' rows, in parts that stay in a core's cache when they are taken to fp64."""
+    rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
+    size = max(1, NUMBERS * rows.shape[-2] // max(1, rows.numel()))
+    yield from rows.split(size, dim=-2)
+
+
 def sketch(tensor: "torch.Tensor") -> "torch.Tensor":
     """Sketches of a tensor's last two axes, (…, SKETCHES), in fp64. A vector counts as a row."""
     import torch
 
-    rows = tensor.detach()
-    rows = rows[None] if rows.dim() < 2 else rows
+    rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
     left = torch.as_tensor(signs(rows.shape[-2], 0), device=rows.device).double()
     right = torch.as_tensor(signs(rows.shape[-1], 1), device=rows.device).double()
     total = torch.zeros((*rows.shape[:-2], SKETCHES), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[-2], ROWS):
-        part = rows[..., start : start + ROWS, :].double() @ right.T
-        total += (part * left[:, start : start + ROWS].T).sum(-2)
+    start = 0
+    for piece in pieces(rows):
+        part = piece.double() @ right.T
+        total += (part * left[:, start : start + piece.shape[-2]].T).sum(-2)
+        start += piece.shape[-2]
     return total
 
 
-def measure_parameters(model: Any) -> dict[str, np.ndarray]:
-    """Sketches (n, SKETCHES) and norms (n,) of all parameters of a plain model, in its order."""
-    import torch
-
-    sketches, norms = [], []
-    with torch.no_grad():
-        for parameter in model.parameters():
-            whole = parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter
-            sketches.append(sketch(whole).cpu().numpy())
-            norms.append(float(torch.linalg.vector_norm(whole, dtype=torch.float64)))
-    return {"parameters": np.array(sketches), "norms": np.array(norms)}
-
-
-def measure_heads(bridge: Any, no_heads: str | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Sketches of each head's matrices, (n_layers, n_heads, SKETCHES), and why they are absent."""
+def heads_group(model: Blockwise, no_heads: str | None) -> Group:
+    """Sketches of each head's matrices, (n_layers, n_heads, SKETCHES)."""
     if no_heads:
-        return {}, dict.fromkeys(HEADS, no_heads)
-    return {name: np.stack(list(_by_layer(bridge, name))) for name in HEADS}, {}
-
-
-def _by_layer(bridge: Any, name: str) -> Iterator[np.ndarray]:
-    import torch
-
-    with torch.no_grad():
-        for block in bridge.blocks:
-            yield sketch(getattr(block.attn, name)).cpu().numpy()
+        return Absent(dict.fromkeys(HEADS, no_heads))
+    return Reading(lambda layer: {name: sketch(getattr(model.blocks[layer].attn, name)).cpu().numpy() for name in HEADS})
 
 
 def moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -85,10 +85,12 @@ class Store:
                 path.unlink(missing_ok=True)
         if known is not None and is_current(known, Wanted(horizons, tuple(tasks))):
             return known
+        digest = self._weights_sha256(checkpoint)
         record = measure(
-            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, rows=rows, known=known, show=show
-        )
-        if record.metadata["weights_sha256"] != self._weights_sha256(checkpoint):
+            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, rows=rows, known=known, digest=digest,
+            show=show,
+        )  # fmt: skip
+        if self._weights_sha256(checkpoint) != digest:
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
         try:
             record.save(path)

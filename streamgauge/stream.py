@@ -4,24 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.forward import by_token, note, run_prompts
+from streamgauge.forward import Found, Readings, by_token, note
 from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
     import torch
 
+ROWS = 128  # tokens at a time: a few hundred thousand numbers, which stay in a core's cache
 TINY = 1e-30  # 0 / 0 is 0: a zero vector is the sum of zero vectors
 NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
 POST_NORM = "post-norm blocks normalise the stream itself, so sublayers do not simply add to it"
 NO_LN1 = "no norm precedes the attention"
-
-
-def measure_stream(bridge: Any, layout: Layout, prompts: Prompts, show: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have."""
-    meter = StreamMeter(layout)
-    run_prompts(bridge, prompts, [meter], show)
-    return meter.arrays(prompts), meter.absent()
 
 
 def _tokens(prompts: Prompts) -> dict[str, np.ndarray]:
@@ -39,17 +33,19 @@ def _tokens(prompts: Prompts) -> dict[str, np.ndarray]:
 class StreamMeter:
     """Hooks that keep one block's activations just long enough to take their norms."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, prompts: Prompts) -> None:
+        self.layout, self.prompts = layout, prompts
         self.block: dict[str, torch.Tensor] = {}
-        self.readings: dict[tuple[str, int], list[np.ndarray]] = {}
+        self.readings: Readings = {}
 
-    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
-        """What was read, by token in the order of the prompts."""
-        return by_token(self.readings, self.layout.n_layers, prompts) | _tokens(prompts)
+    def visit(self, layer: int) -> None:
+        """Nothing: hooks read."""
 
-    def absent(self) -> dict[str, str]:
-        """The arrays that this architecture does not have, and why."""
+    def found(self) -> Found:
+        """Arrays by token in the order of the prompts, and why others are absent."""
+        return by_token(self.readings, self.layout.n_layers, self.prompts) | _tokens(self.prompts), self._absent()
+
+    def _absent(self) -> dict[str, str]:
         reasons = {"resid_mid": NO_MID} if self.layout.parallel else {}
         if not self.layout.pre_norm:
             reasons |= dict.fromkeys(
@@ -78,10 +74,14 @@ class StreamMeter:
         return keep
 
     def _read(self, layer: int) -> None:
+        flat = {name: x.reshape(-1, x.shape[-1]) for name, x in self.block.items()}
+        for start in range(0, len(flat["resid_pre"]), ROWS):
+            self._read_rows(layer, {name: x[start : start + ROWS] for name, x in flat.items()})
+
+    def _read_rows(self, layer: int, raw: "dict[str, torch.Tensor]") -> None:
         import torch
 
         norm = torch.linalg.vector_norm
-        raw = self.block
         block = {name: self.layout.centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
         for name, x in block.items():
             self._note(layer, name, norm(x, dim=-1))
@@ -103,7 +103,7 @@ class StreamMeter:
 
         expected = resid.double() * torch.as_tensor(self.layout.gains[layer], device=resid.device)
         found = output.double() - torch.as_tensor(self.layout.biases[layer], device=resid.device)
-        size = (found**2).sum(-1)
+        size = (found * found).sum(-1)
         # A zero vector says nothing about the scale; the norm divides by the root of its epsilon then.
         scale = torch.where(size > 0, (expected * found).sum(-1) / size.clamp_min(TINY), self.layout.epsilon**0.5)
         rest = torch.linalg.vector_norm(expected - scale[..., None] * found, dim=-1)

@@ -4,74 +4,89 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.horizon import BATCH_TOKENS, POST_NORM, SHORT, some_prompts
-from streamgauge.model import Layout, device_of, probe_norm
-from streamgauge.prompts import Prompts
+from streamgauge.blockwise import Blockwise, Hooks
+from streamgauge.forward import Found
+from streamgauge.horizon import CleanRuns
+from streamgauge.mapped import VOCABULARY_ROWS
+from streamgauge.model import Layout, probe_norm
 
 if TYPE_CHECKING:
     import torch
 
 KINDS = ("attn", "mlp")
-LOGITS = 2**26  # held at once
+LOGITS = 2**24  # held at once, several times over
 SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
 PROBED = 1.01  # leaves room for the rounding of a factor so found
 STRIDE = 4  # of a prompt's predictions every fourth is looked at: each costs two unembeddings a sublayer
 
 
-def measure_sublayer_effect(bridge: Any, layout: Layout, prompts: Prompts) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and why they are absent.
+class SublayerEffects:
+    """What becomes of predictions without each sublayer's output, in the runs of `clean`, which must be visited before.
 
     Each output is taken out of the final residual, which the last norm and the unembedding then read: once as it is, and
     once with the norm dividing by what it divides the full residual by (frozen).
     """
-    import torch
 
-    if not layout.pre_norm:
-        return {}, {"sublayer_effect": POST_NORM}
-    rows = some_prompts(prompts)
-    if not rows.rows:
-        return {}, {"sublayer_effect": SHORT}
-    parts: dict[str, list[np.ndarray]] = {}
-    with torch.no_grad():
-        for batch in rows.batches(BATCH_TOKENS):
-            run = _FullRun(bridge, layout, [rows.rows[i] for i in batch])
-            for name, values in run.effects().items():
-                parts.setdefault(name, []).append(values)
-        largest = np.array([run.largest_row()])
-    return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
-
-
-class _FullRun:
-    """One batch as the model runs it, with every sublayer's output, and how predictions change without one.
-
-    Vectors are kept at the chosen positions: outputs (2, n_layers, rows, positions, d_model), attention first.
-    """
-
-    def __init__(self, bridge: Any, layout: Layout, rows: list[list[int]]) -> None:
+    def __init__(self, layout: Layout, clean: CleanRuns) -> None:
         import torch
 
-        self.bridge, self.layout, self.last = bridge, layout, layout.n_layers - 1
-        self.ids = torch.tensor(rows, device=device_of(bridge))
-        self.chosen = torch.arange(0, self.ids.shape[1] - 1, STRIDE, device=self.ids.device)
-        kept: dict[Any, torch.Tensor] = {}
+        self.layout, self.clean, self.model = layout, clean, clean.model
+        self.chosen = [torch.arange(0, batch.ids.shape[1] - 1, STRIDE, device=batch.ids.device) for batch in clean.batches]
+        self.kept: list[dict[str, list[torch.Tensor]]] = [{kind: [] for kind in KINDS} for _ in clean.batches]
+        clean.readers.append(self._hooks)
 
-        def keeper(key: Any) -> Any:
-            return lambda x, hook: kept.__setitem__(key, x.reshape(*self.ids.shape, -1).clone())
+    def visit(self, layer: int) -> None:
+        """Nothing: hooks read."""
 
-        names = [(kind, n) for kind in KINDS for n in range(layout.n_layers)]
-        hooks = [(f"blocks.{n}.hook_{kind}_out", keeper((kind, n))) for kind, n in names]
-        hooks += [(f"blocks.{self.last}.hook_{name}", keeper(name)) for name in ("resid_pre", "resid_post")]
-        with bridge.hooks(fwd_hooks=hooks):
-            bridge(self.ids, return_type=None)
-        self.before, self.final = kept["resid_pre"], kept["resid_post"][:, self.chosen]
-        outputs = torch.stack([kept[name][:, self.chosen] for name in names])
-        self.outputs = outputs.unflatten(0, (2, layout.n_layers))
+    def found(self) -> Found:
+        """Arrays of the group, predictions last."""
+        import torch
+
+        parts: dict[str, list[np.ndarray]] = {}
+        with torch.no_grad():
+            runs = [self._run(number) for number in range(len(self.clean.batches))]
+            for run in runs:
+                for name, values in run.effects().items():
+                    parts.setdefault(name, []).append(values)
+            largest = np.array([runs[0].largest_row()])
+        return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
+
+    def _hooks(self, layer: int, number: int) -> Hooks:
+        ids, chosen, kept = self.clean.batches[number].ids, self.chosen[number], self.kept[number]
+
+        def keeper(kind: str) -> Any:
+            return lambda x, hook: kept[kind].append(x.reshape(*ids.shape, -1)[:, chosen])
+
+        return [(f"blocks.{layer}.hook_{kind}_out", keeper(kind)) for kind in KINDS]
+
+    def _run(self, number: int) -> "_Run":
+        import torch
+
+        ids, chosen = self.clean.batches[number].ids, self.chosen[number]
+        outputs = torch.stack([torch.stack(self.kept[number][kind]) for kind in KINDS])
+        return _Run(self.model, self.layout, ids, chosen, self.clean.streams[number][-1], outputs)
+
+
+class _Run:
+    """One batch as the model ran it, and how predictions change without one output.
+
+    Vectors are those at the chosen positions: outputs (2, n_layers, rows, positions, d_model), attention first.
+    """
+
+    def __init__(
+        self, model: Blockwise, layout: Layout, ids: "torch.Tensor", chosen: "torch.Tensor", stream: "torch.Tensor",
+        outputs: "torch.Tensor",
+    ) -> None:  # fmt: skip
+        self.model, self.layout, self.ids, self.chosen = model, layout, ids, chosen
+        self.stream, self.final, self.outputs = stream, stream[:, chosen], outputs
+        self.norm = model.bridge.ln_final.original_component
+        self.unembedding = model.unembedding
 
     def effects(self) -> dict[str, np.ndarray]:
         """Arrays of the group for this batch, predictions last."""
         import torch
 
-        norm = self.bridge.ln_final.original_component
+        norm = self.norm
         gain = torch.as_tensor(probe_norm(norm, self.layout.d_model)[0], device=self.ids.device)
         final, centred = self.layout.centre(self.final).double(), self.layout.centre(self.outputs).double()
         scale = (final.square().mean(-1, keepdim=True) + self.layout.epsilon).sqrt()
@@ -96,15 +111,16 @@ class _FullRun:
         """
         import torch
 
-        rows = self.bridge.original_model.get_output_embeddings().weight
-        norm = self.bridge.ln_final.original_component
-        gain = torch.as_tensor(probe_norm(norm, self.layout.d_model)[0], device=rows.device, dtype=rows.dtype)
-        mean = rows.mean(0)
-        largest = max(float(torch.linalg.vector_norm((part - mean) * gain, dim=1).max()) for part in rows.split(4096))
-        small = SMALL * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
-        moved = self._predict(torch.stack([0 * small, small]).expand(*self.final.shape[:2], 2, -1).movedim(2, 0))
-        expected = rows @ small - mean @ small
-        difference = (moved[1] - moved[0])[0, 0]
+        rows = self.unembedding
+        gain = torch.as_tensor(probe_norm(self.norm, self.layout.d_model)[0], dtype=torch.float32)
+        parts = rows.split(VOCABULARY_ROWS)
+        mean = (sum(part.sum(0, dtype=torch.float32) for part in parts) / len(rows)).cpu()
+        largest = max(float(torch.linalg.vector_norm((part.cpu().float() - mean) * gain, dim=1).max()) for part in parts)
+        small = SMALL * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+        probes = torch.stack([0 * small, small]).to(self.final).expand(*self.final.shape[:2], 2, -1)
+        moved = self._predict(probes.movedim(2, 0))
+        expected = torch.cat([part.cpu().float() @ small for part in parts]) - mean @ small
+        difference = (moved[1] - moved[0])[0, 0].cpu()
         factor = (difference - difference.mean()) @ expected / (expected @ expected)
         return largest * float(factor) * PROBED
 
@@ -115,8 +131,7 @@ class _FullRun:
         """
         import torch
 
-        vocabulary = self.bridge.original_model.get_output_embeddings().weight.shape[0]
-        size = max(1, LOGITS // (self.final[..., 0].numel() * vocabulary))
+        size = max(1, LOGITS // (self.final[..., 0].numel() * len(self.unembedding)))
         # The whole residual goes along with every part, so that the two that are compared were rounded alike.
         parts = [self._compare(self._predict(torch.cat([full, part]))) for part in normalised.flatten(0, 1).split(size)]
         kl, loss = (torch.cat(values).unflatten(0, normalised.shape[:2]) for values in zip(*parts, strict=True))
@@ -124,9 +139,9 @@ class _FullRun:
 
     def _predict(self, normalised: "torch.Tensor") -> "torch.Tensor":
         """Log odds of tokens: the model's own head, given these vectors in place of its own."""
-        with self.bridge.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: normalised.flatten(0, 1))]):
-            logits = self.bridge(self.before, start_at_layer=self.last, return_type="logits")
-        log_odds: torch.Tensor = logits.float().log_softmax(-1).unflatten(0, normalised.shape[:2])
+        hooks = [("unembed.hook_in", lambda x, hook: normalised.flatten(0, 1))]
+        logits = self.model.logits(self.ids, self.stream, hooks)
+        log_odds: torch.Tensor = logits.log_softmax(-1).unflatten(0, normalised.shape[:2])
         return log_odds
 
     def _compare(self, log_odds: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":

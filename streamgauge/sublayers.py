@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.forward import Readings, by_token, note
-from streamgauge.model import Layout, device_of
+from streamgauge.blockwise import Blockwise, Hooks
+from streamgauge.forward import Found, Readings, by_token, note
+from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
 from streamgauge.stream import NO_LN1, POST_NORM
 
@@ -27,13 +28,13 @@ class OutputsMeter:
     Those of attn_out and mlp_out, which parallel blocks add at once, and of the stream with what the first MLP wrote to it.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, prompts: Prompts) -> None:
+        self.layout, self.prompts = layout, prompts
         self.block: dict[str, torch.Tensor] = {}
-        self.first_mlp: torch.Tensor | None = None
+        self.first_mlp: list[torch.Tensor] = []  # by batch
         self.readings: Readings = {}
 
-    def hooks(self) -> list[tuple[str, Any]]:
+    def hooks(self) -> Hooks:
         """What bridge.hooks takes."""
         if not self.layout.pre_norm:
             return []
@@ -41,12 +42,14 @@ class OutputsMeter:
         hooks = [(f"blocks.{n}.hook_{name}", self._keep(name)) for n in layers for name in names]
         return hooks + [(f"blocks.{n}.hook_resid_post", self._read(n)) for n in layers]
 
-    def arrays(self, prompts: Prompts) -> dict[str, np.ndarray]:
-        """Arrays of the group, without its prefix."""
-        return by_token(self.readings, self.layout.n_layers, prompts)
+    def visit(self, layer: int) -> None:
+        """Nothing: hooks read."""
 
-    def absent(self) -> dict[str, str]:
-        """The arrays that this architecture does not have, and why."""
+    def found(self) -> Found:
+        """Arrays of the group but for those of ScaleBlindness, and why others are absent."""
+        return by_token(self.readings, self.layout.n_layers, self.prompts), self._absent()
+
+    def _absent(self) -> dict[str, str]:
         reasons: dict[str, str] = {}
         if not self.layout.parallel or not self.layout.pre_norm:
             reasons["attn_dot_mlp"] = SEQUENTIAL if self.layout.pre_norm else POST_NORM
@@ -67,11 +70,12 @@ class OutputsMeter:
         import torch
 
         def read(x: "torch.Tensor", hook: Any) -> None:
-            raw = sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values())
-            note(self.readings, "raw_norm", layer, raw)
+            number = len(self.readings.get(("raw_norm", layer), []))  # of the batch
+            note(self.readings, "raw_norm", layer, sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values()))
             if layer == 0:
-                self.first_mlp = self.layout.centre(self.block["mlp_out"]).clone()
-            note(self.readings, "pre_dot_mlp_0", layer, (self.layout.centre(self.block["resid_pre"]) * self.first_mlp).sum(-1))
+                self.first_mlp.append(self.layout.centre(self.block["mlp_out"]).clone())
+            product = self.layout.centre(self.block["resid_pre"]) * self.first_mlp[number]
+            note(self.readings, "pre_dot_mlp_0", layer, product.sum(-1))
             if self.layout.parallel:
                 attn, mlp = (self.layout.centre(self.block[name]) for name in ("attn_out", "mlp_out"))
                 note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))
@@ -85,29 +89,38 @@ def is_scale_blind(layout: Layout) -> bool:
     return layout.has_ln1 and layout.mlp_norm is not None
 
 
-def measure_scale_blindness(bridge: Any, layout: Layout, prompts: Prompts) -> dict[str, np.ndarray]:
+class ScaleBlindness:
     """What becomes of attn_out and mlp_out when every norm's input is scaled and shifted, at each layer and draw.
 
     One batch of copies of one prompt: as it is, nudged at random, and then DRAWS times with a factor and a constant of its
     own for every norm and token. The error, (n_layers, DRAWS), is the relative nudge of the norms' inputs that would
     change the output as much, so that rounding is all there may be. All inputs are brought to one large size first.
     """
-    import torch
 
-    row = max(prompts.rows, key=len)[:TOKENS]
-    generator = torch.Generator().manual_seed(0)
-    outputs: dict[tuple[str, int], torch.Tensor] = {}
-    norms = ["ln1"] if layout.mlp_norm == "ln1" else ["ln1", layout.mlp_norm]
-    hooks: list[tuple[str, Any]] = []
-    for n in range(layout.n_layers):
-        hooks += [(f"blocks.{n}.{norm}.hook_in", _rescaler(layout, generator)) for norm in norms]
-        hooks += [(f"blocks.{n}.hook_{kind}_out", _keeper(outputs, kind, n)) for kind in ("attn", "mlp")]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
-        bridge(torch.tensor([row] * (2 + DRAWS), device=device_of(bridge)), return_type=None)
-    errors = {
-        f"{kind}_scale_error": np.array([_errors(outputs[kind, n]) for n in range(layout.n_layers)]) for kind in ("attn", "mlp")
-    }
-    return errors | {"largest_shift": np.array([SHIFT if layout.centres else 0.0])}
+    def __init__(self, model: Blockwise, layout: Layout, prompts: Prompts) -> None:
+        import torch
+
+        self.model, self.layout = model, layout
+        self.generator = torch.Generator().manual_seed(0)
+        self.errors: dict[str, list[np.ndarray]] = {"attn": [], "mlp": []}
+        self.batch = model.enter([max(prompts.rows, key=len)[:TOKENS]] * (2 + DRAWS))
+
+    def visit(self, layer: int) -> None:
+        """Take the batch through a block."""
+        norms = ["ln1"] if self.layout.mlp_norm == "ln1" else ["ln1", self.layout.mlp_norm]
+        hooks = [(f"blocks.{layer}.{norm}.hook_in", _rescaler(self.layout, self.generator)) for norm in norms]
+        self.model.step(self.batch, layer, [*hooks, *(self._reader(layer, kind) for kind in self.errors)])
+
+    def found(self) -> Found:
+        """Arrays of the sublayers group that OutputsMeter does not have."""
+        errors = {f"{kind}_scale_error": np.array(found) for kind, found in self.errors.items()}
+        return errors | {"largest_shift": np.array([SHIFT if self.layout.centres else 0.0])}, {}
+
+    def _reader(self, layer: int, kind: str) -> tuple[str, Any]:
+        def read(x: "torch.Tensor", hook: Any) -> None:
+            self.errors[kind].append(_errors(x.reshape(2 + DRAWS, -1).double()))
+
+        return f"blocks.{layer}.hook_{kind}_out", read
 
 
 def _rescaler(layout: Layout, generator: "torch.Generator") -> Any:
@@ -128,13 +141,6 @@ def _rescaler(layout: Layout, generator: "torch.Generator") -> Any:
         return changed.reshape(x.shape)
 
     return rescale
-
-
-def _keeper(outputs: "dict[tuple[str, int], torch.Tensor]", kind: str, layer: int) -> Any:
-    def keep(x: "torch.Tensor", hook: Any) -> None:
-        outputs[kind, layer] = x.reshape(2 + DRAWS, -1).double()
-
-    return keep
 
 
 def _errors(copies: "torch.Tensor") -> np.ndarray:

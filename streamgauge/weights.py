@@ -1,13 +1,14 @@
 """The `weights` group: norms of every matrix and bias, the state of every tensor, and where W_V and W_O lie in the files."""
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.blockwise import Blockwise
 from streamgauge.checkpoint import Checkpoint, read_tensor, tensor_names
-from streamgauge.convention import centre, expand_heads, fold_reading, fold_writing, ov_norms
-from streamgauge.model import LAYER, Layout
+from streamgauge.forward import Found
+from streamgauge.model import Layout
+from streamgauge.sketch import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -20,34 +21,6 @@ EXPERTS = "the MLP is not one dense layer into another (a mixture of experts)"
 GATED_MLP = "the MLP is gated, so nothing flows through W_in W_out alone"
 QK_NORM = "queries and keys are normalised before they meet, so W_Q W_K^T is not what scores are made by"
 UNGATED_MLP = "the MLP has no gate"
-
-
-def measure_integrity(model: Any) -> dict[str, list[str]]:
-    """What is wrong with a model's tensors, one line each: not finite, all zero, or the same in two layers.
-
-    Of tensors that belong to a block only matrices are held to be alive and distinct: biases and gains may rightly be
-    zero, and are all alike before training.
-    """
-    import torch
-
-    problems: dict[str, list[str]] = {"not_finite": [], "dead": [], "alike": []}
-    seen: dict[tuple[str, str], str] = {}
-    for name, tensor in model.named_parameters():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            problems["not_finite"].append(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf")
-        layer = LAYER.search(f".{name}")
-        if layer is None or tensor.dim() < 2:
-            continue
-        if not torch.any(tensor):
-            problems["dead"].append(f"{name} is all zero")
-            continue
-        digest = hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        kind = LAYER.sub(".N.", f".{name}", count=1)
-        twin = seen.setdefault((kind, digest), name)
-        if twin != name:
-            problems["alike"].append(f"{name} equals {twin}")
-    return problems
 
 
 def reset_gains(layout: Layout) -> list[str] | None:
@@ -65,60 +38,92 @@ def reset_gains(layout: Layout) -> list[str] | None:
     return resets
 
 
-def reason_without_heads(bridge: Any, layout: Layout) -> str | None:
+def reason_without_heads(model: Blockwise, layout: Layout) -> str | None:
     """Why an architecture's attention cannot be read by head, None where it can."""
     try:
-        _attention_norms(bridge.blocks[0].attn, layout, 0)
+        with model.held(0) as block:
+            _attention_norms(block.attn, layout, 0)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        architecture = type(bridge.original_model).__name__
+        architecture = type(model.mapped.model).__name__
         return f"TransformerLens shows no W_V and W_O by head for {architecture} ({type(error).__name__})"
     return None
 
 
-def measure_weights(bridge: Any, layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays of the group, without its prefix, and the reasons for those that this architecture does not have."""
-    layers: list[dict[str, np.ndarray]] = []
-    absent: dict[str, str] = {}
-    for layer, block in enumerate(bridge.blocks):
-        readings = _attention_norms(block.attn, layout, layer)
-        if layout.has_neurons:
-            readings |= _mlp_norms(block.mlp, layout, layer)
-        layers.append(readings)
-    arrays = {name: np.array([readings[name] for readings in layers]) for name in layers[0]}
-    arrays |= {"ln1_gain": layout.gains, "ln2_gain": layout.mlp_gains}
-    if not layout.has_neurons:
-        absent = dict.fromkeys([*MLP_WEIGHTS, *GATED, *UNGATED], EXPERTS)
-    else:
-        missing, reason = (UNGATED, GATED_MLP) if "W_gate" in arrays else (GATED, UNGATED_MLP)
-        absent = dict.fromkeys(missing, reason)
-    if "W_QK_frobenius" not in arrays:
-        absent |= dict.fromkeys(["W_QK_frobenius", "W_QK_spectral"], QK_NORM)
-    return arrays, absent
+class WeightsGroup:
+    """Norms of a block's matrices and biases, in fp64, from Gram matrices and row norms: no folded matrix is formed."""
+
+    def __init__(self, model: Blockwise, layout: Layout) -> None:
+        self.model, self.layout = model, layout
+        self.layers: list[dict[str, np.ndarray]] = []
+
+    def visit(self, layer: int) -> None:
+        """Read a block."""
+        block = self.model.blocks[layer]
+        readings = _attention_norms(block.attn, self.layout, layer)
+        if self.layout.has_neurons:
+            readings |= _mlp_norms(block.mlp, self.layout, layer)
+        self.layers.append(readings)
+
+    def found(self) -> Found:
+        """Arrays of the group, and the reasons for those that this architecture does not have."""
+        arrays = {name: np.array([readings[name] for readings in self.layers]) for name in self.layers[0]}
+        arrays |= {"ln1_gain": self.layout.gains, "ln2_gain": self.layout.mlp_gains}
+        if not self.layout.has_neurons:
+            absent = dict.fromkeys([*MLP_WEIGHTS, *GATED, *UNGATED], EXPERTS)
+        else:
+            missing, reason = (UNGATED, GATED_MLP) if "W_gate" in arrays else (GATED, UNGATED_MLP)
+            absent = dict.fromkeys(missing, reason)
+        if "W_QK_frobenius" not in arrays:
+            absent |= dict.fromkeys(["W_QK_frobenius", "W_QK_spectral"], QK_NORM)
+        return arrays, absent
 
 
 def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
     """Norms of one layer's attention: by head, and of its output bias."""
-    gain, bias = layout.gains[layer], layout.biases[layer]
-    raw = {name: _numpy(getattr(attn, name)) for name in ("W_Q", "W_K", "W_V", "W_O")}
-    folded = {name: fold_reading(raw[name], gain, layout.centres) for name in ("W_Q", "W_K", "W_V")}
-    folded["W_O"] = layout.multiplier * fold_writing(raw["W_O"], layout.centres)
-    readings = {name: _frobenius(weight) for name, weight in folded.items()}
-    readings |= {f"{name}_raw": _frobenius(weight) for name, weight in raw.items()}
-    for name in ("Q", "K"):
-        own = _bias(attn, f"b_{name}", raw[f"W_{name}"].shape[::2])
-        readings |= {f"b_{name}": norm(own + bias @ raw[f"W_{name}"]), f"b_{name}_raw": norm(own)}
-    n_heads, b_V = len(raw["W_O"]), _bias(attn, "b_V", raw["W_V"].shape[::2])
+    gain, bias = (_fp64(x, attn.W_Q.device) for x in (layout.gains[layer], layout.biases[layer]))
+    raw = {name: getattr(attn, name).detach().double() for name in ("W_Q", "W_K", "W_V", "W_O")}
+    n_heads = len(raw["W_O"])
+    own = {name: _bias(attn, f"b_{name[-1]}", raw[name].shape[::2]) for name in ("W_Q", "W_K", "W_V")}
+    carried = {name: bias @ raw[name] for name in own}  # what the norm's bias adds, (heads, d_head)
+    readings = {f"{name}_raw": _frobenius(weight) for name, weight in raw.items()}
+    readings |= {f"b_{name}_raw": _norm(own[f"W_{name}"]) for name in "QKV"}
+    readings |= {f"b_{name}": _norm(own[f"W_{name}"] + carried[f"W_{name}"]) for name in "QK"}
     b_O = _bias(attn, "b_O", (raw["W_O"].shape[2],))
-    carried = expand_heads(b_V + bias @ raw["W_V"], n_heads)
-    b_O_folded = layout.multiplier * (b_O + np.einsum("he,hed->d", carried, raw["W_O"]))
-    readings |= {"b_V_raw": norm(b_V), "b_O_raw": norm(b_O), "b_O": norm(centre(b_O_folded) if layout.centres else b_O_folded)}
-    frobenius, spectral = ov_norms(expand_heads(folded["W_V"], n_heads), folded["W_O"])
-    raw_frobenius, _ = ov_norms(expand_heads(raw["W_V"], n_heads), raw["W_O"])
-    readings |= {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral, "W_OV_raw_frobenius": raw_frobenius}
+    values = expand(own["W_V"] + carried["W_V"], n_heads)
+    b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
+    readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
+    raw_V = raw["W_V"].mT @ raw["W_V"]
+    raw_O = raw["W_O"] @ raw["W_O"].mT
+    readings["W_OV_raw_frobenius"] = _product_norms(expand(raw_V, n_heads), raw_O)[0]
+    # W minus its mean over d_model has the Gram matrix of W, minus d_model times the means' outer product.
+    grams = {name: _reading_gram(raw[name], gain, layout.centres) for name in ("W_Q", "W_K", "W_V")}
+    mean = raw["W_O"].mean(-1, keepdim=True) if layout.centres else 0 * raw["W_O"][..., :1]
+    grams["W_O"] = layout.multiplier**2 * (raw_O - layout.d_model * mean @ mean.mT)
+    readings |= {name: _root(gram.diagonal(dim1=-2, dim2=-1).sum(-1)) for name, gram in grams.items()}
+    frobenius, spectral = _product_norms(expand(grams["W_V"], n_heads), grams["W_O"])
+    readings |= {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral}
     if not has_qk_norm(attn):
-        keys = expand_heads(folded["W_K"], n_heads).swapaxes(-1, -2)
-        readings["W_QK_frobenius"], readings["W_QK_spectral"] = ov_norms(folded["W_Q"], keys)
+        keys = expand(grams["W_K"], n_heads)
+        readings["W_QK_frobenius"], readings["W_QK_spectral"] = _product_norms(grams["W_Q"], keys)
     return readings
+
+
+def _reading_gram(weight: "torch.Tensor", gain: "torch.Tensor", centres: bool) -> "torch.Tensor":
+    """W^T W, (heads, d_head, d_head), of a reading weight (heads, d_model, d_head) with the gain folded in and centred."""
+    folded = gain[:, None] * weight
+    if centres:
+        folded -= folded.mean(-2, keepdim=True)
+    return folded.mT @ folded
+
+
+def _product_norms(reading: "torch.Tensor", writing: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
+    """Frobenius and spectral norms of products of matrices with these Gram matrices, as in `convention.ov_norms`."""
+    import torch
+
+    frobenius = _root((reading * writing.mT).sum((-1, -2)))
+    values, vectors = torch.linalg.eigh(reading)
+    root = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    return frobenius, _root(torch.linalg.eigvalsh(root @ writing @ root)[..., -1])
 
 
 def has_qk_norm(attn: Any) -> bool:
@@ -128,71 +133,136 @@ def has_qk_norm(attn: Any) -> bool:
 
 def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
     """Norms of one layer's MLP: its matrices and biases, and without a gate those of their products."""
-    gain, bias = layout.mlp_gains[layer], layout.mlp_biases[layer]
-    W_in, W_out = _numpy(mlp.W_in), _numpy(mlp.W_out)
+    gain, bias = (_fp64(x, mlp.W_in.device) for x in (layout.mlp_gains[layer], layout.mlp_biases[layer]))
+    W_in, W_out = mlp.W_in.detach(), mlp.W_out.detach()
     b_in, b_out = _bias(mlp, "b_in", W_in.shape[1:]), _bias(mlp, "b_out", W_out.shape[1:])
-    folded = fold_reading(W_in, gain, layout.centres)
-    writing, b_out_folded = (layout.multiplier * fold_writing(x, layout.centres) for x in (W_out, b_out))
-    b_in_folded = b_in + bias @ W_in
+    raw_in, folded_in, carried_in = _reading_norms(W_in, gain, bias, layout.centres)
+    b_in_folded = b_in + carried_in
+    raw_out, folded_out, carried_out = _writing_norms(W_out, b_in_folded, layout)
     readings = {
-        "W_in": norm(folded.ravel()), "W_in_raw": norm(W_in.ravel()), "W_out": norm(writing.ravel()),
-        "W_out_raw": norm(W_out.ravel()), "b_in": norm(b_in_folded), "b_in_raw": norm(b_in),
-        "b_out": norm(b_out_folded), "b_out_raw": norm(b_out),
+        "W_in": folded_in, "W_in_raw": raw_in, "W_out": folded_out, "W_out_raw": raw_out, "b_in": _norm(b_in_folded),
+        "b_in_raw": _norm(b_in), "b_out": _norm(layout.multiplier * layout.centre(b_out)), "b_out_raw": _norm(b_out),
     }  # fmt: skip
     if mlp.W_gate is None:
-        # The product is taken in fp32: its norm is exact to about 1e-7, and fp64 would take twice as long.
-        product = folded.astype(np.float32) @ writing.astype(np.float32)
-        return readings | {"W_in_W_out": norm(product.astype(np.float64).ravel()), "b_in_W_out": norm(b_in_folded @ writing)}
-    W_gate = _numpy(mlp.W_gate)
-    b_gate = _bias(mlp, "b_gate", W_gate.shape[1:])
+        return readings | {"W_in_W_out": _through(W_in, W_out, gain, layout), "b_in_W_out": carried_out}
+    b_gate = _bias(mlp, "b_gate", mlp.W_gate.shape[1:])
+    raw_gate, folded_gate, carried_gate = _reading_norms(mlp.W_gate.detach(), gain, bias, layout.centres)
     return readings | {
-        "W_gate": norm(fold_reading(W_gate, gain, layout.centres).ravel()), "W_gate_raw": norm(W_gate.ravel()),
-        "b_gate": norm(b_gate + bias @ W_gate), "b_gate_raw": norm(b_gate),
+        "W_gate": folded_gate, "W_gate_raw": raw_gate, "b_gate": _norm(b_gate + carried_gate), "b_gate_raw": _norm(b_gate),
     }  # fmt: skip
 
 
-def _frobenius(heads: np.ndarray) -> np.ndarray:
-    return norm(heads.reshape(len(heads), -1))
+def _reading_norms(
+    weight: "torch.Tensor", gain: "torch.Tensor", bias: "torch.Tensor", centres: bool
+) -> tuple[np.ndarray, np.ndarray, "torch.Tensor"]:
+    """Frobenius norms of a reading weight (d_model, d_mlp), raw and folded, and what the norm's bias carries through it."""
+    raw = folded = carried = total = gain.new_zeros(())
+    start = 0
+    for piece in pieces(weight):
+        rows, own = piece.double(), slice(start, start + len(piece))
+        scaled = gain[own, None] * rows
+        raw, folded = raw + _square(rows), folded + _square(scaled)
+        total, carried = total + scaled.sum(0), carried + bias[own] @ rows
+        start += len(piece)
+    mean = _square(total) / len(weight) if centres else 0
+    return _root(raw), _root(folded - mean), carried
 
 
-def norm(vectors: np.ndarray) -> np.ndarray:
+def _writing_norms(weight: "torch.Tensor", bias: "torch.Tensor", layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frobenius norms of a writing weight (d_mlp, d_model), raw and in the convention, and the norm of bias @ weight there."""
+    raw = means = carried = bias.new_zeros(())
+    start = 0
+    for piece in pieces(weight):
+        rows = piece.double()
+        raw, means = raw + _square(rows), means + _square(rows.sum(1))
+        carried = carried + bias[start : start + len(piece)] @ rows
+        start += len(piece)
+    folded = _root(raw - means / weight.shape[1] if layout.centres else raw)
+    return _root(raw), layout.multiplier * folded, layout.multiplier * _norm(layout.centre(carried))
+
+
+def _through(W_in: "torch.Tensor", W_out: "torch.Tensor", gain: "torch.Tensor", layout: Layout) -> np.ndarray:
+    """Frobenius norm of W_in W_out. The product is taken in fp32, which leaves its norm exact to about 1e-7."""
+    product = ((gain[:, None].float() * W_in) @ W_out).double()
+    if layout.centres:  # on both sides
+        product -= product.mean(0)
+        product -= product.mean(1, keepdim=True)
+    return np.asarray(layout.multiplier * _root(_square(product)))
+
+
+def expand(by_kv_head: "torch.Tensor", n_heads: int) -> "torch.Tensor":
+    """What key or value heads have, repeated for the query heads that share them."""
+    return by_kv_head.repeat_interleave(n_heads // len(by_kv_head), dim=0)
+
+
+def _frobenius(heads: "torch.Tensor") -> np.ndarray:
+    return _norm(heads.flatten(1))
+
+
+def _norm(vectors: "torch.Tensor") -> np.ndarray:
     """L2 norm over the last axis."""
-    return np.asarray(np.linalg.norm(vectors, axis=-1))
+    import torch
+
+    return np.asarray(torch.linalg.vector_norm(vectors, dim=-1).cpu().numpy())
 
 
-def _bias(module: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _square(x: "torch.Tensor") -> "torch.Tensor":
+    flat = x.reshape(-1)
+    return flat @ flat
+
+
+def _root(squares: "torch.Tensor") -> np.ndarray:
+    """Roots of sums of squares, which rounding may leave below zero."""
+    return np.asarray(squares.clamp_min(0).sqrt().cpu().numpy())
+
+
+def _bias(module: Any, name: str, shape: Any) -> "torch.Tensor":
     """A bias, or zeros where the architecture has none; by head where it is kept in one row."""
+    import torch
+
     found = getattr(module, name, None)
-    return np.zeros(shape) if found is None else _numpy(found).reshape(shape)
+    if found is None:
+        return torch.zeros(tuple(shape), dtype=torch.float64, device=next(module.parameters()).device)
+    return torch.as_tensor(found.detach().double().reshape(tuple(shape)))
 
 
-def _numpy(tensor: "torch.Tensor") -> np.ndarray:
-    array: np.ndarray = tensor.detach().cpu().double().numpy()
-    return array
+def _fp64(values: np.ndarray, device: Any) -> "torch.Tensor":
+    import torch
+
+    return torch.as_tensor(values, dtype=torch.float64, device=device)
 
 
-def parameter_names(model: Any) -> dict[int, str]:
-    """The name of each parameter by its storage, taken before a bridge renames the modules."""
-    return {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+class Locator:
+    """Finds where each layer's W_V and W_O lie: a file's tensor, and shape, strides and offset of the view, in elements.
 
-
-def locate_matrices(bridge: Any, names: dict[int, str], checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
-    """Where each layer's W_V and W_O lie: a file's tensor, and shape, strides and offset of the view, in elements.
-
-    names: what parameter_names gave before the bridge was built. With the places `streamgauge.matrices` reads them with
-    numpy alone. Empty where some matrix is not a view of one tensor.
+    With the places `streamgauge.matrices` reads them with numpy alone. places: by matrix and layer; empty where some matrix is
+    not a view of one tensor.
     """
-    files = tensor_names(checkpoint)
-    found: dict[str, list[dict[str, Any]]] = {"W_V": [], "W_O": []}
-    for block in bridge.blocks:
-        fused = _fused_parameters(block, names)
-        for name, places in found.items():
-            weight = getattr(block.attn, name)
-            place = _as_view(weight, names) or _as_rows(weight, fused)
-            if place is None or not _in_files(place, weight, files):
-                return {}
+
+    def __init__(self, model: Blockwise, checkpoint: Checkpoint) -> None:
+        self.model, self.files = model, tensor_names(checkpoint)
+        self.places: dict[str, list[dict[str, Any]]] = {"W_V": [], "W_O": []}
+
+    def visit(self, layer: int) -> None:
+        """Find a layer's."""
+        if not self.places:
+            return
+        block = self.model.blocks[layer]
+        names = self.model.mapped.names_by_address(block.original_component)
+        for name, places in self.places.items():
+            place = self._find(getattr(block.attn, name), block, names)
+            if place is None:
+                self.places = {}
+                return
             places.append(place)
-    return found
+
+    def found(self) -> Found:
+        """Nothing that an array holds."""
+        return {}, {}
+
+    def _find(self, weight: Any, block: Any, names: dict[int, str]) -> dict[str, Any] | None:
+        place = _as_view(weight, names) or _as_rows(weight, _fused_parameters(block, names))
+        return place if place is not None and _in_files(place, weight, self.files) else None
 
 
 def _fused_parameters(block: Any, names: dict[int, str]) -> dict[str, "torch.Tensor"]:

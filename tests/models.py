@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import transformers as tf
 
+from streamgauge.blockwise import Blockwise
+from streamgauge.mapped import Mapped
+
 tf.logging.set_verbosity_error()
 tf.utils.logging.disable_progress_bar()
 
@@ -97,6 +100,11 @@ def random_model(name: str, seed: int = 0) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
+
+
+def blockwise(model: Any) -> Blockwise:
+    """A model in memory, as checkpoints are measured."""
+    return Blockwise(Mapped.of(model))
 
 
 def gpt2(n_layers: int = 12, seed: int = 0) -> Any:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from streamgauge import horizon
-from streamgauge.forward import run_prompts
-from streamgauge.horizon import CleanRun, MeanMeter, Variant, all_variants, default_grid, measure_horizon, truncated_loss
-from streamgauge.model import build_bridge, probe_layout
+from streamgauge.blockwise import Blockwise
+from streamgauge.forward import measure_group, walk
+from streamgauge.horizon import CleanRuns, Horizons, Variant, all_variants, default_grid
+from streamgauge.model import probe_layout
 from streamgauge.prompts import Prompts
-from streamgauge.sublayer_effect import STRIDE, measure_sublayer_effect
+from streamgauge.sublayer_effect import STRIDE, SublayerEffects
 from tests import models
 
 ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
@@ -97,16 +97,31 @@ class ByHand:
 
 
 def _measured(name: str) -> tuple[Any, Any, Prompts]:
-    bridge = build_bridge(models.random_model(name))
-    return bridge, probe_layout(bridge), Prompts(ROWS, "test", 1)
+    model = models.blockwise(models.random_model(name))
+    return model, probe_layout(model), Prompts(ROWS, "test", 1)
+
+
+def _horizons(model: Any, prompts: Prompts, variants: list[Variant]) -> dict[str, np.ndarray]:
+    clean = CleanRuns(model, prompts)
+    arrays, absent = measure_group(model, clean, Horizons(clean, variants))
+    assert not absent
+    return arrays
+
+
+def _effects(model: Any, layout: Any, prompts: Prompts) -> dict[str, np.ndarray]:
+    clean = CleanRuns(model, prompts)
+    effects = SublayerEffects(layout, clean)  # before the runs, which it reads
+    walk(model, {"clean": clean})
+    arrays, absent = effects.found()
+    assert not absent
+    return arrays
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_agrees_with_patching_by_hand(name: str) -> None:
-    bridge, layout, prompts = _measured(name)
+    model, layout, prompts = _measured(name)
     variants = all_variants(first=2)
-    arrays, absent = measure_horizon(bridge, layout, prompts, variants)
-    assert not absent
+    arrays = _horizons(model, prompts, variants)
     by_hand = ByHand(name)
     np.testing.assert_allclose(arrays["clean_loss"], by_hand.loss(Variant(), layout.n_layers + 1), rtol=1e-5)
     for variant in variants:
@@ -118,21 +133,19 @@ def test_every_variant_agrees_with_patching_by_hand(name: str) -> None:
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 @torch.no_grad()
 def test_a_horizon_as_deep_as_the_model_is_the_model(name: str) -> None:
-    bridge, layout, prompts = _measured(name)
-    means = MeanMeter(layout)
-    run_prompts(bridge, prompts, [means], show=False)
-    run = CleanRun(bridge, layout, ROWS)
-    for variant in all_variants(first=1):
-        if variant.embedding == "kept":
-            loss = truncated_loss(bridge, run, variant, layout.n_layers, means.streams())
-            np.testing.assert_array_equal(loss, run.loss, err_msg=variant.name)
+    model, layout, prompts = _measured(name)
+    variants = [variant for variant in all_variants(first=1) if variant.embedding == "kept"]
+    arrays = _horizons(model, prompts, variants)
+    for variant in variants:
+        loss = arrays[f"loss.{variant.name}"][arrays["k"] == layout.n_layers][0]
+        np.testing.assert_array_equal(loss, arrays["clean_loss"], err_msg=variant.name)
 
 
 def test_the_default_grid_costs_less_than_eight_forward_passes() -> None:
     for n_layers in (1, 2, 6, 12, 16, 48, 80):
         grid = default_grid(n_layers)
         assert grid[0] == 0 and grid[-2:] == [n_layers, n_layers + 1]
-        assert sum(max(0, 1 - k / n_layers) for k in grid) <= 7.51
+        assert sum(max(0, 1 - k / n_layers) for k in grid if k > 0) <= 6.51
 
 
 FINAL = {"gpt2": ("transformer.ln_f", "lm_head"), "gpt-neox-parallel": ("gpt_neox.final_layer_norm", "lm_head"),
@@ -143,9 +156,8 @@ FINAL = {"gpt2": ("transformer.ln_f", "lm_head"), "gpt-neox-parallel": ("gpt_neo
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_sublayer_effect_agrees_with_full_logits(name: str) -> None:
-    bridge, layout, prompts = _measured(name)
-    found, absent = measure_sublayer_effect(bridge, layout, prompts)
-    assert not absent
+    blockwise, layout, prompts = _measured(name)
+    found = _effects(blockwise, layout, prompts)
     model = models.random_model(name)
     norm, head = (model.get_submodule(part) for part in FINAL[name])
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -193,32 +205,33 @@ def test_taking_out_a_sublayer_that_writes_nothing_changes_nothing() -> None:
     model = models.random_model("gpt2")
     model.transformer.h[1].mlp.c_proj.weight.zero_()
     model.transformer.h[1].mlp.c_proj.bias.zero_()
-    bridge = build_bridge(model)
-    found, _ = measure_sublayer_effect(bridge, probe_layout(bridge), Prompts(ROWS, "test", 1))
+    blockwise = models.blockwise(model)
+    found = _effects(blockwise, probe_layout(blockwise), Prompts(ROWS, "test", 1))
     for name in ("mlp_kl", "mlp_loss", "mlp_frozen_kl", "mlp_frozen_loss", "mlp_share", "mlp_size"):
         np.testing.assert_array_equal(found[name][1], 0, err_msg=name)
         assert (found[name][[0, 2]] != 0).all()
 
 
-def test_memory_does_not_grow_with_the_number_of_horizons(monkeypatch: pytest.MonkeyPatch) -> None:
-    bridge, layout, prompts = _measured("gpt2")
+def test_memory_holds_a_window_for_each_horizon_and_one_variant_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layout, prompts = _measured("gpt2")
     live: list[int] = []
-    row_losses = horizon.row_losses
+    step = Blockwise.step
 
-    def watched(logits: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+    def watched(*args: Any) -> Any:
         # By type: isinstance would follow other tests' weak references to what is gone.
         found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
         live.append(sum({storage.data_ptr(): storage.nbytes() for storage in found}.values()))
-        return row_losses(logits, ids)
+        return step(*args)
 
-    monkeypatch.setattr(horizon, "row_losses", watched)
+    monkeypatch.setattr(Blockwise, "step", watched)
     gc.collect()  # what other tests left behind
     peaks = []
-    for grid in ([1, 4], [0, 1, 1, 2, 2, 3, 3, 4]):
-        monkeypatch.setattr(horizon, "default_grid", lambda n_layers, grid=grid: grid)
+    for variants in ([Variant()], all_variants(first=1)):
         live.clear()
-        measure_horizon(bridge, layout, prompts, [Variant()])
-        peaks.append(max(live))
-    one_stream = 4 * len(ROWS) * len(ROWS[0]) * layout.d_model
-    # Six more horizons do not keep six more streams; a horizon of 0 holds a stream more than one of 1.
-    assert peaks[1] - peaks[0] < 3 * one_stream
+        _horizons(model, prompts, variants)
+        peaks.append(max(live) - live[0])
+    one_stream, depth = 4 * len(ROWS) * len(ROWS[0]) * layout.d_model, layout.n_layers
+    windows = sum(min(k + 1, depth - k + 1) for k in default_grid(depth) if 0 < k <= depth)
+    # Clean streams, what each horizon still looks back at, and what the block at work reads of all of them at once.
+    assert peaks[0] < (depth + 1 + windows + 2 * depth) * one_stream
+    assert peaks[1] - peaks[0] < 2 * one_stream

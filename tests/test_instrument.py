@@ -9,13 +9,14 @@ import torch
 import streamgauge
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.convention import centre, ov_norms, random_inputs
+from streamgauge.forward import PromptRun, measure_group, walk
 from streamgauge.matrices import Matrices
 from streamgauge.model import build_bridge, probe_layout, probe_norm, run_mlp
 from streamgauge.neurons import NeuronMeter
 from streamgauge.prompts import Prompts
-from streamgauge.random_input import measure_random_input
-from streamgauge.stream import measure_stream
-from streamgauge.weights import measure_weights
+from streamgauge.random_input import RandomInputGroup
+from streamgauge.stream import StreamMeter
+from streamgauge.weights import WeightsGroup
 from tests import models
 
 ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
@@ -29,10 +30,11 @@ REFUSED = {
 
 
 def measured(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any]:
-    bridge = build_bridge(models.random_model(name))
-    layout = probe_layout(bridge)
-    stream, _ = measure_stream(bridge, layout, Prompts(ROWS, "test", 1), show=False)
-    return stream, measure_weights(bridge, layout)[0], layout
+    model = models.blockwise(models.random_model(name))
+    layout, prompts = probe_layout(model), Prompts(ROWS, "test", 1)
+    meter, weights = StreamMeter(layout, prompts), WeightsGroup(model, layout)
+    walk(model, {"prompts": PromptRun(model, prompts, [meter]), "weights": weights})
+    return meter.found()[0], weights.found()[0], layout
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
@@ -83,10 +85,9 @@ def test_raw_norms_are_the_files(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in REFUSED])
 def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
-    bridge = build_bridge(models.random_model(name))
-    layout = probe_layout(bridge)
-    meter = NeuronMeter(layout, Prompts(ROWS, "test", 1))
-    found, _ = measure_random_input(bridge, layout, meter.early_inputs, None)
+    model = models.blockwise(models.random_model(name))
+    layout = probe_layout(model)
+    found, _ = measure_group(model, RandomInputGroup(model, layout, NeuronMeter(layout, Prompts(ROWS, "test", 1)), None))
     oracle = compatible(name)
     x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[:, None]
     for n, block in enumerate(oracle.blocks):
@@ -213,26 +214,29 @@ def test_shards_and_one_file_give_the_same_record(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_the_closed_form_of_the_mlp_is_what_the_block_adds(name: str) -> None:
-    bridge = build_bridge(models.random_model(name))
-    layout = probe_layout(bridge)
+    model = models.blockwise(models.random_model(name))
+    layout = probe_layout(model)
     seen: dict[str, torch.Tensor] = {}
     hooks = [(f"blocks.1.{h}", lambda x, hook, h=h: seen.__setitem__(h, x.clone())) for h in ("mlp.hook_in", "hook_mlp_out")]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
-        bridge(IDS, return_type=None)
-    with torch.no_grad():
-        answer = run_mlp(bridge.blocks[1], layout, seen["mlp.hook_in"])
+    with torch.no_grad(), model.held(1) as block:
+        model.run(IDS, hooks)
+        answer = run_mlp(block, layout, seen["mlp.hook_in"])
     torch.testing.assert_close(answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_rounding_leaves_the_weights_as_they_were(name: str) -> None:
-    from streamgauge.rounding import measure_rounding
+    from streamgauge.rounding import rounding_group
 
-    model = models.random_model(name)
-    bridge = build_bridge(model)
-    layout = probe_layout(bridge)
-    before = {key: value.clone() for key, value in bridge.original_model.state_dict().items()}
-    arrays, _ = measure_rounding(bridge, layout, Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1), show=False)
-    for key, value in bridge.original_model.state_dict().items():
+    model = models.blockwise(models.random_model(name))
+    before = {key: value.clone() for key, value in model.mapped.stored.items()}
+    with torch.no_grad():
+        batch = model.run(IDS)
+        rounding = rounding_group(model, probe_layout(model), Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1))
+        arrays, _ = measure_group(model, rounding)
+        again = model.run(IDS)
+        assert torch.equal(again.stream, batch.stream)
+        assert torch.equal(model.logits(IDS, again.stream), model.logits(IDS, batch.stream))
+    for key, value in model.mapped.stored.items():
         assert torch.equal(before[key], value), key
     assert (arrays["resid"] > 0).all() and (arrays["loss"] > 0).all()

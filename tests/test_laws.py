@@ -387,14 +387,16 @@ def test_a_law_on_files_holds_on_the_same_model_unspoilt(law: str, audit: Auditi
 
 
 def test_additivity_finds_arithmetic_in_bf16() -> None:
-    from streamgauge.model import build_bridge, probe_layout
-    from streamgauge.stream import measure_stream
+    from streamgauge.forward import PromptRun, walk
+    from streamgauge.model import probe_layout
+    from streamgauge.stream import StreamMeter
 
-    bridge = build_bridge(models.random_model("llama"))
-    layout = probe_layout(bridge)
-    bridge.original_model.bfloat16()
-    stream, _ = measure_stream(bridge, layout, Prompts([[1, 2, 3, 4]], "test", 1), show=False)
-    assert stream["additivity_error"].max() > 8 * 2.0**-24
+    model = models.blockwise(models.random_model("llama"))
+    meter = StreamMeter(probe_layout(model), Prompts([[1, 2, 3, 4]], "test", 1))
+    for block in model.blocks:
+        block.hook_out.add_hook(lambda x, hook: x.bfloat16().float(), is_permanent=True)
+    walk(model, {"prompts": PromptRun(model, meter.prompts, [meter])})
+    assert meter.found()[0]["additivity_error"].max() > 8 * 2.0**-24
 
 
 def _nan(model: Any) -> None:
@@ -489,13 +491,14 @@ def test_scale_blindness_does_not_pass_over_nan() -> None:
 
 
 def test_without_a_norm_scale_blindness_would_fail() -> None:
-    from streamgauge.model import build_bridge, probe_layout
-    from streamgauge.sublayers import measure_scale_blindness
+    from streamgauge.forward import measure_group
+    from streamgauge.model import probe_layout
+    from streamgauge.sublayers import ScaleBlindness
 
-    bridge = build_bridge(models.random_model("gpt2"))
-    layout = probe_layout(bridge)
-    for block in bridge.blocks:
+    model = models.blockwise(models.random_model("gpt2"))
+    layout = probe_layout(model)
+    for block in model.blocks:
         divides_by_a_constant = lambda x, norm=block.ln2: norm.hook_in(x) / 2**20  # noqa: E731
         object.__setattr__(block.ln2, "forward", divides_by_a_constant)  # bridges hand plain attributes on to what they wrap
-    errors = measure_scale_blindness(bridge, layout, Prompts([[1, 2, 3, 4]], "test", 1))
+    errors, _ = measure_group(model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1)))
     assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

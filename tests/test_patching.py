@@ -11,7 +11,6 @@ import torch
 from fixtures import catalogue
 from streamgauge.circuits import read_circuits
 from streamgauge.errors import SettingsError
-from streamgauge.model import build_bridge
 from streamgauge.patching import _scores
 from streamgauge.record import Record
 from tests import models
@@ -65,8 +64,8 @@ def _by_hand(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", OUT)
 def test_scores_agree_with_patching_by_hand(name: str) -> None:
-    bridge, swapped = build_bridge(models.random_model(name)), [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS]
-    both = [_scores(bridge, pairs) for pairs in (PAIRS, swapped)]
+    model, swapped = models.blockwise(models.random_model(name)), [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS]
+    both = [_scores(model, pairs) for pairs in (PAIRS, swapped)]
     scores = [found for found in both if not isinstance(found, str)]
     assert len(scores) == 1  # random weights get one of the two wrong, which is said rather than scored
     np.testing.assert_allclose(scores[0], _by_hand(name), rtol=1e-3, atol=1e-5)
@@ -88,7 +87,7 @@ def test_only_patching_is_measured_again_for_another_task(audit: Callable[..., A
 
     report = audit("--model", "pystdlib-3m", "-k", "circuit_patching")
     assert "no circuit of this model is known" in report.row("attention/circuit_patching")["reason"]
-    monkeypatch.setattr(forward, "run_prompts", lambda *_: pytest.fail("the model was run over the prompts again"))
+    monkeypatch.setattr(forward, "PromptRun", lambda *_: pytest.fail("the model was run over the prompts again"))
     found = audit("--model", "pystdlib-3m", "-k", "circuit_patching", "--circuits", OWN)
     assert found.row("attention/circuit_patching")["value"] is not None
 

@@ -189,7 +189,7 @@ def test_a_record_of_the_first_instrument_gains_what_it_lacks(tmp_path: Path) ->
 def test_weights_are_measured_again_without_a_forward_pass(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
     known = streamgauge.measure(checkpoint)
-    monkeypatch.setattr("streamgauge.forward.run_prompts", lambda *_: pytest.fail("a forward pass over the prompts"))
+    monkeypatch.setattr("streamgauge.forward.PromptRun", lambda *_: pytest.fail("a forward pass over the prompts"))
     monkeypatch.setitem(GROUPS, group, 99)
     assert not is_current(known)
     again = streamgauge.measure(checkpoint, known=known)

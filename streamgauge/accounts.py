@@ -1,0 +1,66 @@
+"""What a measurement cost: seconds by part, bytes read, peak memory."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+INTERVAL = 0.05  # seconds between looks at memory
+
+
+class Accounts:
+    """Kept from its making to `close`; a thread looks at this process's memory meanwhile.
+
+    peak_private_bytes: memory that is this process's own, mapped files left out. read_bytes: what came from storage, which is
+    less than the files hold where the system had them in its cache; None where the system does not say.
+    """
+
+    def __init__(self) -> None:
+        import psutil
+
+        self.process = psutil.Process()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.peak_private_bytes = 0
+        self._started, self._read = time.monotonic(), self._read_bytes()
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count the time to a part."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.monotonic() - started
+
+    def close(self) -> dict[str, Any]:
+        """The sums, as the record's metadata keeps them."""
+        self._closed.set()
+        self._watch.join()
+        read = self._read_bytes()
+        return {
+            "seconds": round(time.monotonic() - self._started, 3),
+            "seconds_by_part": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
+            "peak_private_bytes": self.peak_private_bytes,
+            "read_bytes": None if read is None or self._read is None else read - self._read,
+        }
+
+    def _look(self) -> None:
+        while True:
+            self.peak_private_bytes = max(self.peak_private_bytes, self._private_bytes())
+            if self._closed.wait(INTERVAL):
+                return
+
+    def _private_bytes(self) -> int:
+        if sys.platform == "linux":
+            memory = self.process.memory_info()
+            return int(memory.rss - memory.shared)
+        return int(self.process.memory_full_info().uss)
+
+    def _read_bytes(self) -> int | None:
+        return int(self.process.io_counters().read_bytes) if hasattr(self.process, "io_counters") else None

@@ -1,0 +1,197 @@
+"""Run a model one block at a time, in TransformerLens's raw bridge."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamgauge.errors import CheckpointError
+from streamgauge.mapped import Mapped, stand_in
+
+if TYPE_CHECKING:
+    import torch
+
+LOGITS = 2**24  # held at once, several times over
+
+Hooks = Sequence[tuple[str, Any]]  # as bridge.hooks takes them
+
+
+class _Entered(Exception):
+    """The last block was reached."""
+
+
+@dataclass
+class Batch:
+    """Rows of token ids on their way through the model.
+
+    ids: (rows, positions). stream: what the next block reads, (rows, positions, d_model). calls: what each block is called
+    with beside the stream: masks, positions.
+    """
+
+    ids: "torch.Tensor"
+    stream: Any = None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class Blockwise:
+    """A model as its bridge runs it, block by block, so that a block's weights are read once for many batches.
+
+    The model's own forward pass embeds tokens, makes masks and positions, and turns the stream into logits; meanwhile its
+    blocks hand on what they are given and note what they were called with. Raises CheckpointError for a model that does
+    something to the stream between its blocks.
+    """
+
+    def __init__(self, mapped: Mapped) -> None:
+        from accelerate import init_empty_weights
+
+        from streamgauge.model import build_bridge
+
+        self.mapped, self.device = mapped, mapped.device
+        self.vocabulary = int(mapped.model.get_input_embeddings().num_embeddings)
+        with init_empty_weights(include_buffers=False):
+            self.bridge = build_bridge(mapped.model)
+        self.blocks = list(self.bridge.blocks)
+        self.n_layers = len(self.blocks)
+        self._derived = {block.original_component: list(_splitting(block)) for block in self.blocks}
+        mapped.after_taking.append(self._split)
+        mapped.after_leaving.append(self._forget)
+        self._beside: tuple[Any, ...] | None = None  # what blocks return beside the stream, None where they return it bare
+        self._learn_to_pass_on()
+
+    @contextlib.contextmanager
+    def held(self, layer: int) -> Iterator[Any]:
+        """A block's bridge, with its weights in memory."""
+        with self.mapped.held(self.blocks[layer].original_component):
+            yield self.blocks[layer]
+
+    def names_in(self, layer: int) -> list[str]:
+        """The names of a block's parameters, as the plain model has them."""
+        return self.mapped.names_in(self.blocks[layer].original_component)
+
+    def enter(self, rows: "Sequence[Sequence[int]] | torch.Tensor") -> Batch:
+        """Rows of one length, embedded."""
+        import torch
+
+        batch = Batch(torch.as_tensor(rows, device=self.device))
+
+        def note(layer: int, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if layer and stream is not batch.stream:
+                raise CheckpointError(
+                    f"{type(self.mapped.model).__name__} changes the stream between its blocks, which cannot be followed."
+                )
+            batch.stream = stream
+            batch.calls.append((args, kwargs))
+            if layer == self.n_layers - 1:
+                raise _Entered
+            return stream
+
+        with self._passing_on(note), contextlib.suppress(_Entered):
+            self.bridge(batch.ids, return_type=None, use_cache=False)
+        return batch
+
+    def step(self, batch: Batch, layer: int, hooks: Hooks = ()) -> "torch.Tensor":
+        """Take a batch through one block. Returns the stream behind it."""
+        args, kwargs = batch.calls[layer]
+        with self.bridge.hooks(fwd_hooks=list(hooks)) if hooks else contextlib.nullcontext():
+            output = self.blocks[layer](batch.stream, *args, **kwargs)
+        batch.stream = output[0] if isinstance(output, tuple) else output
+        if getattr(self.blocks[layer], "attn", None) is not None:
+            self.blocks[layer].attn._pattern = None  # a bridge keeps its last attention pattern otherwise
+        stream: torch.Tensor = batch.stream
+        return stream
+
+    def run(self, rows: "Sequence[Sequence[int]] | torch.Tensor", hooks: Hooks = ()) -> Batch:
+        """Take rows of one length through all blocks."""
+        batch = self.enter(rows)
+        sorted_hooks = by_layer(hooks, self.n_layers)
+        for layer in range(self.n_layers):
+            self.step(batch, layer, sorted_hooks[layer])
+        return batch
+
+    def logits(self, ids: "torch.Tensor", stream: "torch.Tensor", hooks: Hooks = ()) -> "torch.Tensor":
+        """What the model's own last norm and unembedding make of a stream. Of ids, (rows, positions), the shape matters."""
+        with self._passing_on(lambda layer, *_: stream), self.bridge.hooks(fwd_hooks=list(hooks)):
+            logits: torch.Tensor = self.bridge(ids, return_type="logits", use_cache=False)
+        return logits.float()
+
+    @property
+    def unembedding(self) -> "torch.Tensor":
+        """The unembedding's rows as the file has them, (d_vocab, d_model)."""
+        return self.mapped.unembedding
+
+    def in_parts(self, ids: "torch.Tensor") -> list[slice]:
+        """Slices of rows whose logits are LOGITS numbers at most, or single rows."""
+        size = max(1, LOGITS // (len(self.unembedding) * ids.shape[1]))
+        return [slice(start, start + size) for start in range(0, len(ids), size)]
+
+    def _learn_to_pass_on(self) -> None:
+        """Find out by running the first block on a token what blocks return."""
+
+        def run(layer: int, stream: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._first_call = stream, args, kwargs
+            raise _Entered
+
+        import torch
+
+        with self._passing_on(run), contextlib.suppress(_Entered):
+            self.bridge(torch.tensor([[1, 0]], device=self.device), return_type=None, use_cache=False)
+        stream, args, kwargs = self._first_call
+        with torch.no_grad():
+            output = self.blocks[0](stream, *args, **kwargs)
+        self._beside = output[1:] if isinstance(output, tuple) else None
+
+    @contextlib.contextmanager
+    def _passing_on(self, note: Any) -> Iterator[None]:
+        """Let blocks return what `note` makes of their number, the stream and the other arguments."""
+
+        def forward(layer: int) -> Any:
+            def pass_on(*args: Any, **kwargs: Any) -> Any:
+                stream, *others = args or (kwargs.pop("hidden_states"),)
+                stream = note(layer, stream, tuple(others), kwargs)
+                return stream if self._beside is None else (stream, *self._beside)
+
+            return pass_on
+
+        try:
+            for layer, block in enumerate(self.blocks):
+                block.__dict__["forward"] = forward(layer)
+            yield
+        finally:
+            for block in self.blocks:
+                del block.__dict__["forward"]
+
+    def _split(self, original: Any) -> None:
+        """Let the bridge take a block's fused tensors apart again, now that their values have come."""
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            for component in self._derived.get(original, []):
+                component.set_original_component(component.original_component)
+                component.eval()
+
+    def _forget(self, original: Any) -> None:
+        """Let go of what the bridge took a block's fused tensors apart into."""
+        import torch
+
+        for component in self._derived.get(original, []):
+            for module in set(component.modules()) - self.mapped.modules:
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = torch.nn.Parameter(stand_in(parameter), requires_grad=False)
+
+
+def _splitting(block: Any) -> Iterator[Any]:
+    """The parts of a block's bridge that hold copies of pieces of a fused tensor."""
+    from transformer_lens.model_bridge.generalized_components import JointGateUpMLPBridge, JointQKVAttentionBridge
+
+    for component in block.modules():
+        if isinstance(component, (JointQKVAttentionBridge, JointGateUpMLPBridge)):
+            yield component
+
+
+def by_layer(hooks: Hooks, n_layers: int) -> list[list[tuple[str, Any]]]:
+    """Hooks sorted by the block that they are on."""
+    sorted_hooks: list[list[tuple[str, Any]]] = [[] for _ in range(n_layers)]
+    for name, hook in hooks:
+        sorted_hooks[int(name.split(".")[1])].append((name, hook))
+    return sorted_hooks
