@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         default="default",
         help="variants of the layer horizon (default: the published)",
     )
+    measuring.add_argument(
+        "--precision", type=float, metavar="WIDTH",
+        help="only as many prompts as it takes until the growth rate's 95%% interval is narrower than this",
+    )  # fmt: skip
     measuring.add_argument("--allow-pickle", action="store_true", help="open pickled weights, tensors only")
     measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
@@ -89,7 +93,10 @@ def _measure(options: argparse.Namespace) -> None:
         Record.load(options.output)  # raises where somebody else's file would be overwritten
     converted = default_store() / "converted" if options.allow_pickle else None
     checkpoint = open_checkpoint(_location(options.model), options.revision, converted=converted)
-    record = measure(checkpoint, prompts=options.prompts, device=options.device, horizons=options.horizons, show=True)
+    record = measure(
+        checkpoint, prompts=options.prompts, device=options.device, horizons=options.horizons, precision=options.precision,
+        show=True,
+    )  # fmt: skip
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
 

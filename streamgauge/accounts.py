@@ -24,6 +24,8 @@ class Accounts:
         self.process = psutil.Process()
         self.seconds: dict[str, float] = defaultdict(float)
         self.peak_private_bytes = 0
+        self.peaks: dict[str, int] = defaultdict(int)  # by part
+        self._part = ""
         self._started, self._read = time.monotonic(), self._read_bytes()
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
@@ -32,10 +34,11 @@ class Accounts:
     @contextlib.contextmanager
     def of(self, part: str) -> Iterator[None]:
         """Count the time to a part."""
-        started = time.monotonic()
+        started, self._part = time.monotonic(), part
         try:
             yield
         finally:
+            self._part = ""
             self.seconds[part] += time.monotonic() - started
 
     def close(self) -> dict[str, Any]:
@@ -47,12 +50,15 @@ class Accounts:
             "seconds": round(time.monotonic() - self._started, 3),
             "seconds_by_part": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
             "peak_private_bytes": self.peak_private_bytes,
+            "peak_private_bytes_by_part": dict(self.peaks),
             "read_bytes": None if read is None or self._read is None else read - self._read,
         }
 
     def _look(self) -> None:
         while True:
-            self.peak_private_bytes = max(self.peak_private_bytes, self._private_bytes())
+            part, now = self._part, self._private_bytes()
+            self.peaks[part] = max(self.peaks[part], now)
+            self.peak_private_bytes = max(self.peak_private_bytes, now)
             if self._closed.wait(INTERVAL):
                 return
 

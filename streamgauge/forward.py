@@ -68,12 +68,20 @@ class PromptRun:
     def __init__(self, model: Blockwise, prompts: Prompts, meters: Sequence[Meter]) -> None:
         self.model, self.prompts = model, prompts
         self.hooks = by_layer([hook for meter in meters for hook in meter.hooks()], model.n_layers)
-        self.batches = [model.enter([prompts.rows[i] for i in batch]) for batch in prompts.batches(BATCH_TOKENS)]
+        self.members = list(prompts.batches(BATCH_TOKENS))
+        self.batches = [model.enter([prompts.rows[i] for i in members]) for members in self.members]
+        self.at = 0  # the number of the batch that is in the block
 
     def visit(self, layer: int) -> None:
         """Take every batch through a block."""
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
+            self.at = number
             self.model.step(batch, layer, self.hooks[layer])
+
+    def read_along(self, hooks: Hooks) -> None:
+        """Let others read too, who look at `at` for the batch."""
+        for own, more in zip(self.hooks, by_layer(hooks, self.model.n_layers), strict=True):
+            own.extend(more)
 
     def found(self) -> Found:
         """Nothing: the meters have it."""

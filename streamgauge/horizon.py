@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamgauge.blockwise import Batch, Blockwise, Hooks
-from streamgauge.forward import Found, walk
+from streamgauge.blockwise import Batch, Blockwise
+from streamgauge.forward import Found, PromptRun, walk
 from streamgauge.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of the depth
 ROWS = 16  # prompts on which horizons are tried
-BATCH_TOKENS = 512  # logits and a stream for every layer are held for so many tokens at once
+WINDOWS = 2**28  # bytes of streams that horizons keep at once
 POST_NORM = "post-norm blocks normalise the stream itself, so it is not a sum of outputs"
 SHORT = "no prompt has two tokens, so there is nothing to predict"
 
@@ -101,13 +101,11 @@ def horizon_interval(
     return float(low), float(high)
 
 
-def some_prompts(prompts: Prompts) -> Prompts:
-    """ROWS prompts of two tokens or more, spread over the set."""
-    usable = [row for row in prompts.rows if len(row) > 1]
-    chosen: np.ndarray | list[int] = (
-        np.unique(np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(int)) if usable else []
-    )
-    return Prompts([usable[i] for i in chosen], prompts.source, prompts.bos)
+def some_rows(prompts: Prompts) -> list[int]:
+    """Indices of ROWS prompts of two tokens or more, spread over the set."""
+    usable = [index for index, row in enumerate(prompts.rows) if len(row) > 1]
+    places = np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(int)
+    return [usable[place] for place in np.unique(places)]
 
 
 def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:
@@ -122,93 +120,113 @@ def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") 
 
 
 class CleanRuns:
-    """Some prompts as the model runs them: the stream into each block and behind the last, by batch, and its mean.
+    """Some of the prompts as the model runs them: the stream into each block and behind the last, by batch, and its mean.
 
-    readers: give hooks for a layer and a batch's number, with which others read along.
+    run: takes the prompts through the model, and must be visited before. members: by batch, which of `rows` it has; ids: their
+    token ids; streams: by batch and layer.
     """
 
-    def __init__(self, model: Blockwise, prompts: Prompts) -> None:
-        self.model, self.prompts = model, some_prompts(prompts)
-        self.members = list(self.prompts.batches(BATCH_TOKENS))
-        self.batches = [model.enter([self.prompts.rows[i] for i in members]) for members in self.members]
-        self.streams = [[batch.stream] for batch in self.batches]
-        self.means = [self._mean(0)] if self.batches else []
-        self.readers: list[Callable[[int, int], Hooks]] = []
+    def __init__(self, run: PromptRun) -> None:
+        self.model, self.run = run.model, run
+        self.rows = some_rows(run.prompts)
+        self.places = [[n for n, row in enumerate(batch) if row in self.rows] for batch in run.members]
+        self.members = [[self.rows.index(batch[n]) for n in kept] for batch, kept in zip(run.members, self.places, strict=True)]
+        self.ids = [batch.ids[kept] for batch, kept in zip(run.batches, self.places, strict=True)]
+        self.streams: list[list[torch.Tensor]] = [[] for _ in run.batches]
+        self.means: list[torch.Tensor] = []
+        self._keep()
 
     def visit(self, layer: int) -> None:
-        """Take all batches through a block."""
-        for number, (batch, streams) in enumerate(zip(self.batches, self.streams, strict=True)):
-            hooks = [hook for reader in self.readers for hook in reader(layer, number)]
-            streams.append(self.model.step(batch, layer, hooks).clone())
-        self.means.append(self._mean(layer + 1))
+        """Keep what the block made of the stream."""
+        self._keep()
 
     def found(self) -> Found:
         """Nothing by itself."""
         return {}, {}
 
-    def _mean(self, layer: int) -> "torch.Tensor":
-        """Mean of the stream at position 0 and at all others, (2, d_model)."""
+    def _keep(self) -> None:
+        """Keep the stream as it is now, and its mean at position 0 and at all others, (2, d_model)."""
         import torch
 
-        streams = [streams[layer].double() for streams in self.streams]
-        sums = [sum(x[:, 0].sum(0) for x in streams), sum(x[:, 1:].sum((0, 1)) for x in streams)]
-        counts = [sum(x.shape[0] for x in streams), sum(x.shape[0] * (x.shape[1] - 1) for x in streams)]
-        return torch.stack([total / max(count, 1) for total, count in zip(sums, counts, strict=True)]).float()
+        now = [batch.stream[kept].clone() for batch, kept in zip(self.run.batches, self.places, strict=True)]
+        for streams, stream in zip(self.streams, now, strict=True):
+            streams.append(stream)
+        sums = [sum(x[:, 0].double().sum(0) for x in now), sum(x[:, 1:].double().sum((0, 1)) for x in now)]
+        counts = [sum(len(x) for x in now), sum(len(x) * (x.shape[1] - 1) for x in now)]
+        self.means.append(torch.stack([total / max(n, 1) for total, n in zip(sums, counts, strict=True)]).float())
 
 
 class Horizons:
     """All horizons of a variant on their way through the model, together, from the first layer that they cut.
 
-    clean: runs of some prompts as they are, which must be visited before. Variants but the first have walks of their own
-    afterwards, so that their streams are not in memory together.
+    clean: runs of some prompts as they are, which must be visited before. Each lane keeps the streams of the layers that it
+    still looks back at; as many batches go together as keep WINDOWS bytes. The others, and variants but the first, have walks
+    of their own afterwards.
     """
 
     def __init__(self, clean: CleanRuns, variants: list[Variant]) -> None:
         self.clean, self.model, self.variants = clean, clean.model, variants
         self.grid = default_grid(self.model.n_layers)
         self.calls: dict[tuple[int, int], Batch] = {}
-        self.lanes = self._lanes(variants[0])
+        self.parts = [(variant, numbers) for variant in variants for numbers in self._shares()]
+        self.lanes = self._lanes(*self.parts[0])
 
     def visit(self, layer: int) -> None:
         """Take all that are cut here or below through a block, in one call a batch."""
         import torch
 
-        for number, (batch, lanes) in enumerate(zip(self.clean.batches, self.lanes, strict=True)):
+        for number, lanes in self.lanes.items():
             cut = [lane for lane in lanes if lane.runs and lane.first <= layer]
             if not cut:
                 continue
-            together = self._batch(number, batch.ids, len(cut))
+            together = self._batch(number, self.clean.ids[number], len(cut))
             together.stream = torch.cat([lane.enter(layer) for lane in cut])
             for lane, x in zip(cut, self.model.step(together, layer).chunk(len(cut)), strict=True):
                 lane.leave(layer, x)
 
     def found(self) -> Found:
         """Each row's loss by variant, (n_k, rows), and without any cut."""
-        clean = np.full(len(self.clean.prompts.rows), np.nan)
-        for members, batch, streams in zip(self.clean.members, self.clean.batches, self.clean.streams, strict=True):
-            clean[members] = self._loss(batch, streams[-1])
-        tokens = np.array([len(row) - 1 for row in self.clean.prompts.rows], np.int32)
+        prompts = [self.clean.run.prompts.rows[row] for row in self.clean.rows]
+        clean = np.full(len(prompts), np.nan)
+        for members, ids, streams in zip(self.clean.members, self.clean.ids, self.clean.streams, strict=True):
+            clean[members] = self._loss(ids, streams[-1])
+        tokens = np.array([len(row) - 1 for row in prompts], np.int32)
         arrays = {"k": np.array(self.grid, np.int32), "clean_loss": clean, "tokens": tokens}
-        for variant in self.variants:
-            if variant != self.variants[0]:
-                self.lanes = self._lanes(variant)
-                walk(self.model, {variant.name: self})
-            arrays[f"loss.{variant.name}"] = self._losses(clean)
-        return arrays, {}
+        losses = {variant: np.tile(clean, (len(self.grid), 1)) for variant in self.variants}
+        for part in self.parts:
+            if part != self.parts[0]:
+                self.lanes = self._lanes(*part)
+                walk(self.model, {"horizon": self})
+            self._read(losses[part[0]])
+            self.lanes.clear()  # their streams are many
+        return arrays | {f"loss.{variant.name}": found for variant, found in losses.items()}, {}
 
-    def _lanes(self, variant: Variant) -> "list[list[_Lane]]":
-        """By batch, all horizons of a variant."""
-        depth, means = self.model.n_layers, self.clean.means
-        return [[_Lane(variant, k, depth, streams, means) for k in self.grid] for streams in self.clean.streams]
+    def _shares(self) -> list[list[int]]:
+        """Numbers of batches that are taken through the model together."""
+        depth = self.model.n_layers
+        windows = sum(min(k, depth - k) + 1 for k in self.grid if 0 < k < depth)
+        shares: list[list[int]] = [[]]
+        room = WINDOWS
+        for number, streams in enumerate(self.clean.streams):
+            needed = windows * streams[0].nbytes
+            if needed > room and shares[-1]:
+                shares.append([])
+                room = WINDOWS
+            room -= needed
+            shares[-1] += [number] if needed else []
+        return shares
 
-    def _losses(self, clean: np.ndarray) -> np.ndarray:
-        """Each row's loss at each horizon, (n_k, rows); clean: without any cut."""
-        losses = np.tile(clean, (len(self.grid), 1))
-        for members, batch, lanes in zip(self.clean.members, self.clean.batches, self.lanes, strict=True):
+    def _lanes(self, variant: Variant, numbers: list[int]) -> "dict[int, list[_Lane]]":
+        """All horizons of a variant, by batch."""
+        depth, clean = self.model.n_layers, self.clean
+        return {n: [_Lane(variant, k, depth, clean.streams[n], clean.means) for k in self.grid] for n in numbers}
+
+    def _read(self, losses: np.ndarray) -> None:
+        """Fill in each row's loss at each horizon, (n_k, rows), where something was cut."""
+        for batch, lanes in self.lanes.items():
             for number, lane in enumerate(lanes):
                 if lane.first <= self.model.n_layers:
-                    losses[number, members] = self._loss(batch, lane.final())
-        return losses
+                    losses[number, self.clean.members[batch]] = self._loss(self.clean.ids[batch], lane.final())
 
     def _batch(self, number: int, ids: "torch.Tensor", copies: int) -> Batch:
         """So many copies of a batch, entered once."""
@@ -217,11 +235,11 @@ class Horizons:
             self.calls[number, copies] = self.model.enter(ids.repeat(copies, 1))
         return self.calls[number, copies]
 
-    def _loss(self, batch: Batch, stream: "torch.Tensor") -> np.ndarray:
+    def _loss(self, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:
         import torch
 
         with torch.no_grad():
-            return np.asarray(token_losses(self.model, batch.ids, stream).mean(1))
+            return np.asarray(token_losses(self.model, ids, stream).mean(1)) if len(ids) else np.zeros(0)
 
 
 class _Lane:

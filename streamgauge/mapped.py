@@ -150,7 +150,7 @@ class Mapped:
                 self._empty(*place)
             for tell in self.after_leaving:
                 tell(block)
-            _give_back()
+            give_back()
 
     def _take_hook(self, block: Any) -> Any:
         return lambda module, args: self._take(block)
@@ -191,7 +191,7 @@ class Mapped:
         head.forward = forward
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Let the C library return memory that is free: it would keep a block's worth for every block, between small objects."""
     with contextlib.suppress(OSError, AttributeError):  # glibc has this
         ctypes.CDLL(None).malloc_trim(0)

@@ -20,11 +20,12 @@ from streamgauge.circuits import Task
 from streamgauge.errors import NotMeasured, PromptError, UnknownModelError
 from streamgauge.forward import Absent, Found, Group, walk
 from streamgauge.horizon import POST_NORM, SHORT, variants_of
-from streamgauge.mapped import Mapped
+from streamgauge.mapped import Mapped, give_back
 from streamgauge.patching import measure_patching, tasks_sha256
 from streamgauge.progress import track
 from streamgauge.prompts import Prompts, load_tokenizer, prompts_for, read_prompts
 from streamgauge.record import Record
+from streamgauge.sampling import enough_prompts
 
 if TYPE_CHECKING:
     from streamgauge.blockwise import Blockwise
@@ -62,6 +63,7 @@ def measure(
     device: str = "cpu",
     horizons: str = "default",
     tasks: Sequence[Task] = (),
+    precision: float | None = None,
     rows: Prompts | None = None,
     groups: Sequence[str] | None = None,
     known: Record | None = None,
@@ -71,8 +73,9 @@ def measure(
     """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`, or those named.
 
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of the layer horizon that are
-    tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. rows: token
-    ids to measure on instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups are
+    tried, `default` or `all` (see `streamgauge.horizon`). tasks: prompt pairs on which heads are patched. precision: only as
+    many prompts as it takes until the 95% interval of the growth rate is narrower than this. rows: token ids to measure on
+    instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups are
     taken over where they are as this instrument would measure them. digest: the weights' sha256, where it is known.
     show: progress on stderr.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for the user.
@@ -87,7 +90,7 @@ def measure(
     if unknown:
         near = difflib.get_close_matches(unknown[0], GROUPS, n=3, cutoff=0)
         raise UnknownModelError(f"a record has no group {unknown[0]!r}; the nearest are {', '.join(near)}.")
-    wanted = Wanted(horizons, tuple(tasks), tuple(name for name in GROUPS if groups is None or name in groups))
+    wanted = Wanted(horizons, tuple(tasks), tuple(name for name in GROUPS if groups is None or name in groups), precision)
     return _measure(
         checkpoint, texts, built_in=prompts is None, device=device, wanted=wanted, known=known, digest=digest, show=show
     )
@@ -95,11 +98,15 @@ def measure(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a record is asked to hold: variants of the layer horizon (`default` or `all`), tasks for patching, and groups."""
+    """What a record is asked to hold: variants of the layer horizon (`default` or `all`), tasks for patching, and groups.
+
+    precision: how narrow the growth rate's interval is to be, where not all prompts are wanted.
+    """
 
     horizons: str = "default"
     tasks: tuple[Task, ...] = ()
     groups: tuple[str, ...] = field(default_factory=lambda: tuple(GROUPS))
+    precision: float | None = None
 
 
 def _measure(
@@ -129,6 +136,10 @@ def _measure(
     with accounts.of("loading"):
         model = Blockwise(mapped)
         layout = opening.probe_layout(model)
+    reached = None
+    if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
+        with accounts.of("sampling"):
+            rows, reached = enough_prompts(model, layout, rows, wanted.precision, show)
     missing = [name for name in wanted.groups if name not in _kept(known, rows, wanted)]
     tensors = Tensors(model, with_sketches="sketch" in missing)
     groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
@@ -144,6 +155,7 @@ def _measure(
         "parameters": parameter_tables(model, dtypes),
         "config": _config(mapped.model),
         "groups": {name: GROUPS[name] for name in wanted.groups},
+        "precision": reached,
     }
     arrays: dict[str, np.ndarray] = {}
     if rows is None or tensors.broken:
@@ -233,7 +245,7 @@ def _groups(
 ) -> dict[str, Group]:
     """What visits the blocks for the missing groups, in the order in which they need each other.
 
-    The model is run over the prompts, and over some of them with all streams kept, only for groups that need it.
+    The model is run over the prompts only for groups that need it.
     """
     from streamgauge import neurons, padding, prediction, random_input, rounding, sketch, stream, sublayers, weights
 
@@ -246,7 +258,7 @@ def _groups(
     meters: dict[str, Any] = {"stream": streams} if needed("stream") else {}
     meters |= {"neurons": fired} if needed("neurons", "random_input") else {}
     meters |= {"sublayers": outputs} if needed("sublayers") else {}
-    if meters or needed("prediction"):
+    if meters or needed("prediction", "horizon", "sublayer_effect"):
         run = groups["prompts"] = forward.PromptRun(model, rows, list(meters.values()))
     groups |= meters
     if needed("sublayers") and sublayers.is_scale_blind(layout):
@@ -265,21 +277,21 @@ def _groups(
     if needed("prediction"):
         groups["prediction"] = prediction.PredictionGroup(model, run)
     if needed("horizon", "sublayer_effect"):
-        groups |= _on_clean_runs(model, layout, rows, missing, wanted)
+        groups |= _on_clean_runs(run, layout, missing, wanted)
     if needed("rounding"):
         groups["rounding"] = rounding.rounding_group(model, layout, rows)
     return groups
 
 
-def _on_clean_runs(model: "Blockwise", layout: "Layout", rows: Prompts, missing: list[str], wanted: Wanted) -> dict[str, Group]:
+def _on_clean_runs(run: forward.PromptRun, layout: "Layout", missing: list[str], wanted: Wanted) -> dict[str, Group]:
     """The groups that start from some prompts' streams at every layer."""
     from streamgauge import horizon, sublayer_effect
 
     asked = [name for name in ("horizon", "sublayer_effect") if name in missing]
     if not layout.pre_norm:
         return {name: Absent({name: POST_NORM}) for name in asked}
-    clean = horizon.CleanRuns(model, rows)
-    if not clean.batches:
+    clean = horizon.CleanRuns(run)
+    if not clean.rows:
         return {name: Absent({name: SHORT}) for name in asked}
     groups: dict[str, Group] = {"clean_runs": clean}
     if "horizon" in asked:
@@ -297,6 +309,7 @@ def _found(
     for name in track([name for name in missing if name in groups], "predictions", show):
         with accounts.of(name):
             found[name] = groups[name].found()
+        give_back()
     for name, more in (("sublayers", groups.get("scale_blindness")), ("sketch", tensors)):
         if name in found and more is not None:
             found[name][0].update(more.found()[0])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.blockwise import Blockwise
-from streamgauge.forward import BATCH_TOKENS, Found, PromptRun
+from streamgauge.forward import Found, PromptRun
 from streamgauge.horizon import SHORT
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PredictionGroup:
         token = np.concatenate(rows).astype(np.int32)
         loss, entropy = (np.zeros(starts[-1], np.float32) for _ in range(2))
         first = np.zeros(starts[-1], np.int32)
-        batches = zip(self.run.prompts.batches(BATCH_TOKENS), self.run.batches, strict=True)
+        batches = zip(self.run.members, self.run.batches, strict=True)
         for members, batch in batches:
             for part in self.model.in_parts(batch.ids):
                 ids = batch.ids[part]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NOISE = 2.0**-12  # largest relative error of a weight
 DRAWS = 6
-TOKENS = 256
+TOKENS = 128
 PERIOD = 2**20 + 7  # prime: no width divides it, so that no two rows of a matrix are noisy alike
 
 
@@ -108,9 +108,13 @@ class _Noise:
         """Weights with noise; rows: which of the parameter's rows these are, all where None."""
         import torch
 
-        width = values.shape[-1] if values.dim() else 1
-        first = torch.arange(values.numel() // width) if rows is None else rows.cpu()
-        start = zlib.crc32(f"{name} {self.draw}".encode())
-        factors = self.factors.repeat(2 + width // PERIOD)
-        places = (start + first * width) % PERIOD
-        return values * torch.stack([factors[place : place + width] for place in places.tolist()]).view_as(values).to(values)
+        start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
+        if rows is None:
+            length = values.numel()
+            factors = self.factors.repeat(2 + length // PERIOD)[start : start + length]
+        else:
+            width = values.shape[-1]
+            twice = self.factors.repeat(2 + width // PERIOD)
+            places = ((start + rows.cpu() * width) % PERIOD).tolist()
+            factors = torch.stack([twice[place : place + width] for place in places])
+        return values * factors.view_as(values).to(values.device)

@@ -69,6 +69,7 @@ class Store:
         device: str,
         horizons: str = "default",
         tasks: Sequence[Task] = (),
+        precision: float | None = None,
         rows: Prompts | None = None,
         show: bool = False,
     ) -> Record:
@@ -76,19 +77,19 @@ class Store:
 
         A damaged one is measured again; one of an older instrument is measured again where that is out of date.
         """
-        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device, rows)}.safetensors"
+        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device, rows, precision)}.safetensors"
         known: Record | None = None
         if path.is_file():
             try:
                 known = Record.load(path)
             except RecordError:
                 path.unlink(missing_ok=True)
-        if known is not None and is_current(known, Wanted(horizons, tuple(tasks))):
+        if known is not None and is_current(known, Wanted(horizons, tuple(tasks), precision=precision)):
             return known
         digest = self._weights_sha256(checkpoint)
         record = measure(
-            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, rows=rows, known=known, digest=digest,
-            show=show,
+            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, precision=precision, rows=rows,
+            known=known, digest=digest, show=show,
         )  # fmt: skip
         if self._weights_sha256(checkpoint) != digest:
             raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
@@ -98,7 +99,14 @@ class Store:
             warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=2)
         return record
 
-    def key(self, checkpoint: Checkpoint, prompts: Path | None, device: str, rows: Prompts | None = None) -> str:
+    def key(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Path | None,
+        device: str,
+        rows: Prompts | None = None,
+        precision: float | None = None,
+    ) -> str:
         """What a measurement depends on, as one hash."""
         beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in TEXTS]
         parts = [
@@ -108,6 +116,7 @@ class Store:
             f"built-in {prompts is None}",
             f"device {device}",
             KEY,
+            *([] if precision is None else [f"precision {precision}"]),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.blockwise import Blockwise, Hooks
+from streamgauge.blockwise import Blockwise
 from streamgauge.forward import Found
 from streamgauge.horizon import CleanRuns
 from streamgauge.mapped import VOCABULARY_ROWS
@@ -31,9 +31,10 @@ class SublayerEffects:
         import torch
 
         self.layout, self.clean, self.model = layout, clean, clean.model
-        self.chosen = [torch.arange(0, batch.ids.shape[1] - 1, STRIDE, device=batch.ids.device) for batch in clean.batches]
-        self.kept: list[dict[str, list[torch.Tensor]]] = [{kind: [] for kind in KINDS} for _ in clean.batches]
-        clean.readers.append(self._hooks)
+        self.chosen = [torch.arange(0, ids.shape[1] - 1, STRIDE, device=ids.device) for ids in clean.ids]
+        self.kept: list[dict[str, list[torch.Tensor]]] = [{kind: [] for kind in KINDS} for _ in clean.ids]
+        layers = range(clean.model.n_layers)
+        clean.run.read_along([(f"blocks.{n}.hook_{kind}_out", self._keeper(kind)) for n in layers for kind in KINDS])
 
     def visit(self, layer: int) -> None:
         """Nothing: hooks read."""
@@ -44,25 +45,25 @@ class SublayerEffects:
 
         parts: dict[str, list[np.ndarray]] = {}
         with torch.no_grad():
-            runs = [self._run(number) for number in range(len(self.clean.batches))]
+            runs = [self._run(number) for number, ids in enumerate(self.clean.ids) if len(ids)]
             for run in runs:
                 for name, values in run.effects().items():
                     parts.setdefault(name, []).append(values)
             largest = np.array([runs[0].largest_row()])
         return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
 
-    def _hooks(self, layer: int, number: int) -> Hooks:
-        ids, chosen, kept = self.clean.batches[number].ids, self.chosen[number], self.kept[number]
+    def _keeper(self, kind: str) -> Any:
+        def keep(x: "torch.Tensor", hook: Any) -> None:
+            number = self.clean.run.at
+            shape = (*self.clean.run.batches[number].ids.shape, -1)  # OPT folds rows and positions into one
+            self.kept[number][kind].append(x.reshape(shape)[self.clean.places[number]][:, self.chosen[number]])
 
-        def keeper(kind: str) -> Any:
-            return lambda x, hook: kept[kind].append(x.reshape(*ids.shape, -1)[:, chosen])
-
-        return [(f"blocks.{layer}.hook_{kind}_out", keeper(kind)) for kind in KINDS]
+        return keep
 
     def _run(self, number: int) -> "_Run":
         import torch
 
-        ids, chosen = self.clean.batches[number].ids, self.chosen[number]
+        ids, chosen = self.clean.ids[number], self.chosen[number]
         outputs = torch.stack([torch.stack(self.kept[number][kind]) for kind in KINDS])
         return _Run(self.model, self.layout, ids, chosen, self.clean.streams[number][-1], outputs)
 
@@ -146,7 +147,9 @@ class _Run:
 
     def _compare(self, log_odds: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
         """The first of the log odds against each other."""
+        import torch
+
         difference = log_odds[0] - log_odds[1:]
-        kl = (log_odds[0].exp() * difference).double().sum(-1)
+        kl = (log_odds[0].exp() * difference).sum(-1, dtype=torch.float64)
         tokens = self.ids[:, self.chosen + 1, None].expand(*difference.shape[:-1], 1)
         return kl, difference.gather(-1, tokens)[..., 0]

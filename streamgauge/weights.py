@@ -94,17 +94,17 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
     raw_V = raw["W_V"].mT @ raw["W_V"]
     raw_O = raw["W_O"] @ raw["W_O"].mT
-    readings["W_OV_raw_frobenius"] = _product_norms(expand(raw_V, n_heads), raw_O)[0]
+    readings["W_OV_raw_frobenius"] = product_norms(expand(raw_V, n_heads), raw_O)[0]
     # W minus its mean over d_model has the Gram matrix of W, minus d_model times the means' outer product.
     grams = {name: _reading_gram(raw[name], gain, layout.centres) for name in ("W_Q", "W_K", "W_V")}
     mean = raw["W_O"].mean(-1, keepdim=True) if layout.centres else 0 * raw["W_O"][..., :1]
     grams["W_O"] = layout.multiplier**2 * (raw_O - layout.d_model * mean @ mean.mT)
     readings |= {name: _root(gram.diagonal(dim1=-2, dim2=-1).sum(-1)) for name, gram in grams.items()}
-    frobenius, spectral = _product_norms(expand(grams["W_V"], n_heads), grams["W_O"])
+    frobenius, spectral = product_norms(expand(grams["W_V"], n_heads), grams["W_O"])
     readings |= {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral}
     if not has_qk_norm(attn):
         keys = expand(grams["W_K"], n_heads)
-        readings["W_QK_frobenius"], readings["W_QK_spectral"] = _product_norms(grams["W_Q"], keys)
+        readings["W_QK_frobenius"], readings["W_QK_spectral"] = product_norms(grams["W_Q"], keys)
     return readings
 
 
@@ -116,7 +116,7 @@ def _reading_gram(weight: "torch.Tensor", gain: "torch.Tensor", centres: bool) -
     return folded.mT @ folded
 
 
-def _product_norms(reading: "torch.Tensor", writing: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
+def product_norms(reading: "torch.Tensor", writing: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
     """Frobenius and spectral norms of products of matrices with these Gram matrices, as in `convention.ov_norms`."""
     import torch
 

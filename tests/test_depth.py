@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamgauge.blockwise import Blockwise
-from streamgauge.forward import measure_group, walk
+from streamgauge.forward import PromptRun, measure_group
 from streamgauge.horizon import CleanRuns, Horizons, Variant, all_variants, default_grid
 from streamgauge.model import probe_layout
 from streamgauge.prompts import Prompts
@@ -102,17 +102,17 @@ def _measured(name: str) -> tuple[Any, Any, Prompts]:
 
 
 def _horizons(model: Any, prompts: Prompts, variants: list[Variant]) -> dict[str, np.ndarray]:
-    clean = CleanRuns(model, prompts)
-    arrays, absent = measure_group(model, clean, Horizons(clean, variants))
+    run = PromptRun(model, prompts, [])
+    clean = CleanRuns(run)
+    arrays, absent = measure_group(model, run, clean, Horizons(clean, variants))
     assert not absent
     return arrays
 
 
 def _effects(model: Any, layout: Any, prompts: Prompts) -> dict[str, np.ndarray]:
-    clean = CleanRuns(model, prompts)
-    effects = SublayerEffects(layout, clean)  # before the runs, which it reads
-    walk(model, {"clean": clean})
-    arrays, absent = effects.found()
+    run = PromptRun(model, prompts, [])
+    clean = CleanRuns(run)
+    arrays, absent = measure_group(model, run, clean, SublayerEffects(layout, clean))
     assert not absent
     return arrays
 

@@ -1,0 +1,62 @@
+"""As many prompts as it takes until the growth rate is known well enough."""
+
+from typing import Any
+
+import numpy as np
+
+from streamgauge.bands import default_window
+from streamgauge.blockwise import Blockwise
+from streamgauge.forward import PromptRun, by_token, walk
+from streamgauge.growth import bootstrap_rate, growth_rates
+from streamgauge.model import Layout
+from streamgauge.prompts import Prompts
+from streamgauge.stream import StreamMeter
+
+FEWEST = 8  # prompts; below that an interval over prompts says little
+
+
+def enough_prompts(
+    model: Blockwise, layout: Layout, prompts: Prompts, precision: float, show: bool
+) -> tuple[Prompts, dict[str, Any]]:
+    """Prompts drawn without replacement, FEWEST and then twice as many each time, until the 95% interval of the growth rate
+    over the default window is narrower than `precision` or all were drawn; and what was reached. All of them where there is no
+    growth to measure.
+
+    The interval resamples prompts (`growth.bootstrap_rate`). Looking several times makes it stop a little early: of what it
+    then says, somewhat fewer than 95% hold.
+    """
+    order = np.random.default_rng(0).permutation(len(prompts.rows))
+    window = default_window(layout.n_layers)
+    if not layout.pre_norm or window[1] <= window[0] or max(map(len, prompts.rows)) < 2:
+        return prompts, {"asked": precision, "reached": None, "prompts": len(order), "tokens": sum(map(len, prompts.rows))}
+    rates: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    drawn = 0
+    while True:
+        new = order[drawn : max(FEWEST, 2 * drawn)]
+        found, prompt = _growth(
+            model, layout, Prompts([prompts.rows[i] for i in new], prompts.source, prompts.bos), window, show
+        )
+        rates.append(found)
+        numbers.append(prompt + drawn)
+        drawn += len(new)
+        interval = bootstrap_rate(np.concatenate(rates), np.concatenate(numbers))
+        width = interval.high - interval.low
+        if not width > precision or drawn == len(order):
+            break
+    rows = [prompts.rows[i] for i in sorted(order[:drawn])]
+    source = prompts.source if drawn == len(order) else f"{drawn} of {prompts.source}"
+    reached = {"asked": precision, "reached": float(width), "prompts": drawn, "tokens": sum(map(len, rows))}
+    return Prompts(rows, source, prompts.bos, prompts.sampled), reached
+
+
+def _growth(
+    model: Blockwise, layout: Layout, prompts: Prompts, window: tuple[int, int], show: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Growth rates of text tokens, and the prompt that each is of."""
+    meter = StreamMeter(layout, prompts)
+    walk(model, {"prompts": PromptRun(model, prompts, [meter])}, show=show)
+    norms = by_token({key: values for key, values in meter.readings.items() if key[0] == "resid_pre"}, layout.n_layers, prompts)
+    tokens = meter.found()[0]
+    text = tokens["position"] > 0
+    return growth_rates(norms["resid_pre"][:, text], window), tokens["prompt"][text]

@@ -1,0 +1,335 @@
+"""What an audit costs beside every other way to its numbers, side by side in one run.
+
+    python -m tests.benchmarks.table [--medium FOLDER] [--xl FOLDER] [--runs 3]
+
+Each way runs in a process of its own, in turn with those that it is compared with; the table gives medians, ranges and ratios
+of runs that were neighbours. Checkpoints of random weights are written where no folder is named (about 8 GB in all).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPTS, LENGTH = 16, 64
+CORE = ("stream", "neurons", "weights", "random_input")
+HERE = "tests.benchmarks.table"
+
+
+def rows() -> list[list[int]]:
+    """The same token ids for every way."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(1000, 40000, (PROMPTS, LENGTH)).tolist()  # type: ignore[no-any-return]
+
+
+def audit(folder: str, *groups: str) -> dict[str, float]:
+    """streamgauge: these groups of the record."""
+    from streamgauge import measure
+    from streamgauge.prompts import Prompts
+
+    record = measure(folder, rows=Prompts(rows(), "benchmark", None), groups=groups)
+    samples = {name: float(record.arrays[name].mean()) for name in record.arrays if name.endswith("_samples")}
+    return samples
+
+
+def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
+    """Open the file, one plain Hugging Face forward pass with sdpa, and the multiplications of the random inputs.
+
+    samples: how many random vectors each layer's attention and MLP are given.
+    """
+    import torch
+    import transformers as tf
+
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        model(torch.tensor(rows()), use_cache=False)
+        if samples:
+            attn, mlp = (int(float(n)) for n in samples)
+            for block in model.transformer.h:
+                width = block.attn.c_proj.weight.shape[0]
+                for _ in range(attn // 512):
+                    torch.randn(512, width) @ block.attn.c_attn.weight[:, -width:] @ block.attn.c_proj.weight
+                for _ in range(mlp // 512):
+                    torch.randn(512, width) @ block.mlp.c_fc.weight @ block.mlp.c_proj.weight
+    return {}
+
+
+def transformer_lens(folder: str) -> dict[str, float]:
+    """TransformerLens's documented way to norms of the stream and of W_OV."""
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(folder)
+    bridge.enable_compatibility_mode()
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(torch.tensor(rows()))
+        for n in range(bridge.cfg.n_layers):
+            for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+                cache[name, n].norm(dim=-1)
+        for block in bridge.blocks:
+            for name in ("W_Q", "W_K", "W_V", "W_O"):
+                getattr(block.attn, name).norm(dim=(-2, -1))
+        bridge.OV.norm()
+    return {}
+
+
+def weightwatcher(folder: str) -> dict[str, float]:
+    """WeightWatcher's analysis of every matrix."""
+    import torch
+    import transformers as tf
+    import weightwatcher as ww
+
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ww.WeightWatcher(model=model).analyze()
+    return {}
+
+
+def nothing(folder: str) -> dict[str, float]:
+    """Importing torch and transformers, which every way does."""
+    import torch
+    import transformers as tf
+
+    return {"threads": torch.get_num_threads(), "version": float(tf.__version__.split(".")[0])}
+
+
+@dataclass
+class Cost:
+    """Seconds and the peak of private memory of one process."""
+
+    seconds: float
+    peak: int
+    said: dict[str, float]
+
+
+def cost_of(way: Callable[..., dict[str, float]], *arguments: str) -> Cost:
+    """Run a way in a process of its own, watched from within."""
+    command = [sys.executable, "-m", HERE, "--way", way.__name__, *arguments]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{way.__name__}: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}")
+    said = json.loads(done.stdout.splitlines()[-1])
+    return Cost(time.monotonic() - started, said.pop("peak"), said)
+
+
+def run_here(way: str, arguments: list[str]) -> None:
+    """The other side of cost_of."""
+    from streamgauge.accounts import Accounts
+
+    accounts = Accounts()
+    said = globals()[way](*arguments)
+    print(json.dumps(said | {"peak": accounts.close()["peak_private_bytes"]}))
+
+
+def heads(folder: str) -> dict[str, float]:
+    """Seconds a head for Frobenius and spectral norms of W_OV and W_QK, ours and FactoredMatrix's, and errors against fp64."""
+    import numpy as np
+    import torch
+    from transformer_lens.FactoredMatrix import FactoredMatrix
+
+    from streamgauge.weights import product_norms
+
+    torch.manual_seed(0)
+    n, d_model, d_head = 25, 1600, 64
+    spread = 1 + torch.arange(d_head) / 8
+    V, O = 0.02 * torch.randn(n, d_model, d_head) * spread, 0.02 * torch.randn(n, d_head, d_model)  # noqa: E741
+    exact = torch.linalg.svdvals(V.double() @ O.double())
+    expected = {"frobenius": exact.square().sum(-1).sqrt().numpy(), "spectral": exact[:, 0].numpy()}
+
+    def ours() -> tuple[Any, Any]:
+        one, other = V.double(), O.double()
+        return product_norms(one.mT @ one, other @ other.mT)
+
+    def theirs() -> tuple[Any, Any]:
+        product = FactoredMatrix(V, O)
+        return product.norm().numpy(), product.svd()[1][:, 0].numpy()
+
+    found: dict[str, float] = {}
+    for name, way, repeats in (("ours", ours, 10), ("theirs", theirs, 2)):
+        way()
+        started = time.monotonic()
+        for _ in range(repeats):
+            values = way()
+        found[f"{name}_ms_a_head"] = (time.monotonic() - started) / repeats / n * 1e3
+        for kind, value in zip(expected, values, strict=True):
+            found[f"{name}_{kind}_error"] = float(np.max(np.abs(value / expected[kind] - 1)))
+    return found
+
+
+def random_inputs(folder: str) -> dict[str, float]:
+    """Rate of the random inputs' matrix multiplications beside the best that this machine does on large matrices."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from streamgauge.blockwise import Blockwise
+    from streamgauge.checkpoint import open_checkpoint
+    from streamgauge.forward import PromptRun
+    from streamgauge.model import load_model, probe_layout
+    from streamgauge.neurons import NeuronMeter
+    from streamgauge.prompts import Prompts
+    from streamgauge.random_input import RandomInputGroup
+
+    model = Blockwise(load_model(open_checkpoint(folder), "cpu")[0])
+    layout, prompts = probe_layout(model), Prompts(rows(), "benchmark", None)
+    neurons = NeuronMeter(layout, prompts)
+    run, group = PromptRun(model, prompts, [neurons]), RandomInputGroup(model, layout, neurons, None)
+    busy = flops = 0.0
+    peaks = []
+    for layer in range(4):
+        with torch.no_grad(), model.held(layer):
+            run.visit(layer)
+            with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
+                group.visit(layer)
+        peaks.append(_peak())
+        if layer:  # the first warms up
+            products = [e for e in profiled.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+            busy += sum(e.self_cpu_time_total for e in products) / 1e6
+            flops += sum(e.flops for e in products)
+    rate = flops / busy / 1e9
+    return {"gflops": rate, "peak_gflops": max(peaks), "share_of_peak": rate / max(peaks)}
+
+
+def _peak() -> float:
+    import torch
+
+    n, best = 2048, 0.0
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    for _ in range(6):
+        started = time.monotonic()
+        a @ b
+        best = max(best, 2 * n**3 / (time.monotonic() - started) / 1e9)
+    return best
+
+
+def horizon_passes(folder: str) -> dict[str, float]:
+    """The default horizon sweep, clean run and unembeddings included, in forward passes over the same prompts."""
+    import torch
+
+    from streamgauge.blockwise import Blockwise
+    from streamgauge.checkpoint import open_checkpoint
+    from streamgauge.forward import PromptRun, walk
+    from streamgauge.horizon import CleanRuns, Horizons, Variant, some_rows, token_losses
+    from streamgauge.model import load_model
+    from streamgauge.prompts import Prompts, prompts_for, read_prompts
+
+    mapped, _ = load_model(open_checkpoint(folder), "cpu")
+    prompts = prompts_for(mapped, Path(folder), read_prompts(None), built_in=True)
+    model = Blockwise(mapped)
+
+    prompts = Prompts([prompts.rows[row] for row in some_rows(prompts)], "benchmark", None)
+
+    def forward_pass() -> None:
+        run = PromptRun(model, prompts, [])
+        walk(model, {"prompts": run})
+        for batch in run.batches:
+            token_losses(model, batch.ids, batch.stream)
+
+    def sweep() -> None:
+        run = PromptRun(model, prompts, [])
+        clean = CleanRuns(run)
+        horizons = Horizons(clean, [Variant()])
+        walk(model, {"prompts": run, "clean": clean, "horizon": horizons})
+        horizons.found()
+
+    seconds = {}
+    with torch.no_grad():
+        forward_pass()
+        for name, way in (("pass_before", forward_pass), ("sweep", sweep), ("pass_after", forward_pass)):
+            started = time.monotonic()
+            way()
+            seconds[name] = time.monotonic() - started
+    return {"passes": 2 * seconds["sweep"] / (seconds["pass_before"] + seconds["pass_after"])}
+
+
+def warm(folder: str) -> dict[str, float]:
+    """A warm audit of the bundled model and the collection of the whole catalogue, beside pytest on an empty test."""
+    with tempfile.TemporaryDirectory() as scratch:
+        empty = Path(scratch) / "test_empty.py"
+        empty.write_text("def test_empty():\n    pass\n")
+        run = ["-q", "--store", str(Path(scratch) / "store"), "--model", "pystdlib-3m", "invariants"]
+        bare = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", scratch, str(empty)]
+        _pytest(run)
+        pairs = [(_pytest(bare), _pytest(run)) for _ in range(5)]
+        collect = _pytest(["-q", "--collect-only", "--store", str(Path(scratch) / "store"), "invariants"])
+        plain = statistics.median(one for one, _ in pairs)
+        return {"empty": plain, "warm": statistics.median(w for _, w in pairs), "collect": collect,
+                "ratio": statistics.median(w / one for one, w in pairs)}  # fmt: skip
+
+
+def _pytest(arguments: list[str]) -> float:
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, check=False)
+    return time.monotonic() - started
+
+
+def table(medium: str, xl: str, runs: int) -> Iterator[str]:
+    """The lines of the table."""
+    yield f"{runs} runs; median (least to most)"
+    sampled = cost_of(audit, medium, *CORE).said
+    samples = [str(sampled["random_input/attn_samples"]),
+               str(sampled["random_input/mlp_samples"] + sampled["random_input/resampled_samples"])]  # fmt: skip
+    pairs = [(cost_of(audit, medium, *CORE), cost_of(bare_minimum, medium, *samples)) for _ in range(runs)]
+    yield from _compare("(a) gpt2-medium, cold audit, against the bare minimum", pairs, "at most 1.25")
+    pairs = [(cost_of(audit, xl, *CORE), cost_of(bare_minimum, xl, *samples)) for _ in range(runs)]
+    yield from _compare("(a) gpt2-xl's size, likewise", pairs, "at most 1.25")
+    pairs = [(cost_of(transformer_lens, medium), cost_of(audit, medium, "stream", "weights")) for _ in range(runs)]
+    yield from _compare("(b) gpt2-medium, TransformerLens's way, against ours", pairs, "at least 3 in time, 6 in memory")
+    try:
+        pairs = [(cost_of(weightwatcher, medium), cost_of(audit, medium, "weights"))]
+        yield from _compare("    gpt2-medium, WeightWatcher, against our weights part", pairs, "one run")
+    except RuntimeError as error:
+        yield f"    WeightWatcher: {error}"
+    for title, way, folder in (
+        ("(c) norms of W_OV, 25 heads of gpt2-xl", heads, xl),
+        ("(d) random inputs, gpt2-xl's size", random_inputs, xl),
+        ("(e) horizon sweep, gpt2-medium", horizon_passes, medium),
+        ("(e) horizon sweep, gpt2-xl's size, one run", horizon_passes, xl),
+        ("(f) warm audit", warm, medium),
+    ):
+        found = [cost_of(way, folder).said for _ in range(1 if "one run" in title else runs)]
+        yield title
+        yield from (f"    {name}: {_median([one[name] for one in found])}" for name in found[0])
+
+
+def _compare(title: str, pairs: list[tuple[Cost, Cost]], bar: str) -> Iterator[str]:
+    yield f"{title} (bar: {bar})"
+    for name, of in (("seconds", lambda cost: cost.seconds), ("peak private GB", lambda cost: cost.peak / 1e9)):
+        one, other = ([of(pair[side]) for pair in pairs] for side in (0, 1))
+        ratios = [of(a) / of(b) for a, b in pairs]
+        yield f"    {name}: {_median(one)} against {_median(other)}; ratio {_median(ratios)}"
+
+
+def _median(values: list[float]) -> str:
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3g}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--medium", help="a checkpoint of gpt2-medium's shape")
+    parser.add_argument("--xl", help="a checkpoint of gpt2-xl's shape")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    options, arguments = parser.parse_known_args()
+    if options.way:
+        run_here(options.way, arguments)
+        return
+    from tests.benchmarks.shapes import write
+
+    with tempfile.TemporaryDirectory() as scratch:
+        medium = options.medium or str(write("gpt2-medium", Path(scratch) / "medium"))
+        xl = options.xl or str(write("gpt2-xl", Path(scratch) / "xl"))
+        for line in table(medium, xl, options.runs):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Weights stay in the files: what is computed is what the whole model computes, and no more than a few blocks are in memory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streamgauge
+from streamgauge.blockwise import Blockwise
+from streamgauge.checkpoint import open_checkpoint
+from streamgauge.errors import CheckpointError, UnknownModelError
+from streamgauge.model import load_model, probe_layout
+from streamgauge.prompts import Prompts
+from streamgauge.sampling import enough_prompts
+from tests import models
+
+IDS = torch.tensor([[1, *range(10 * k, 10 * k + 7)] for k in range(3)])
+CORE = ("stream", "neurons", "weights", "random_input")
+
+
+def opened(folder: Path) -> Blockwise:
+    return Blockwise(load_model(open_checkpoint(folder), "cpu")[0])
+
+
+def _in_memory(model: Blockwise) -> list[torch.Tensor]:
+    """Matrices of blocks that take more memory than one number."""
+    matrices = [p for block in model.blocks for p in block.parameters() if p.dim() > 1 and p.device.type != "meta"]
+    return [p for p in matrices if p.untyped_storage().nbytes() > p.element_size()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@torch.no_grad()
+def test_logits_are_the_whole_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = models.random_model(name).to(dtype)
+    model = opened(models.save(whole, tmp_path))
+    expected = models.tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")(
+        IDS
+    ).logits
+    batch = model.run(IDS)
+    torch.testing.assert_close(model.logits(IDS, batch.stream), expected, rtol=1e-5, atol=1e-5)
+    direct = model.bridge(IDS, return_type="logits")
+    torch.testing.assert_close(direct, expected, rtol=1e-5, atol=1e-5)
+    assert {t.dtype for t in model.mapped.stored.values()} == {dtype}
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_matrices_of_a_block_are_there_only_while_it_is_held(name: str, tmp_path: Path) -> None:
+    model = opened(models.save(models.random_model(name).bfloat16(), tmp_path))
+    assert not _in_memory(model)
+    with model.held(1) as block:
+        own = [p for p in block.parameters() if p.dim() > 1]
+        assert own and all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in own)
+        assert torch.isfinite(block.attn.W_V).all()
+    assert not _in_memory(model)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_file_of_two_dtypes_loses_nothing(narrow: torch.dtype, tmp_path: Path) -> None:
+    whole = models.save(models.random_model("llama"), tmp_path)
+    tensors = load_file(whole / "model.safetensors")
+    mixed = {name: t if "norm" in name else t.to(narrow) for name, t in tensors.items()}
+    save_file(mixed, whole / "model.safetensors", {"format": "pt"})
+    for name, stored in load_model(open_checkpoint(whole), "cpu")[0].stored.items():
+        assert torch.equal(stored.float(), mixed[name].float()), name
+
+
+def test_what_the_configuration_says_of_dtypes_truncates_nothing(tmp_path: Path) -> None:
+    models.save(models.random_model("llama"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, stored in load_model(open_checkpoint(tmp_path), "cpu")[0].stored.items():
+        assert torch.equal(stored, tensors[name]), name
+
+
+def test_a_stream_that_changes_between_blocks_is_refused() -> None:
+    model = models.blockwise(models.random_model("llama"))
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(CheckpointError, match="between its blocks"):
+        model.enter(IDS)
+
+
+def _peak(folder: Path) -> int:
+    """Of a measurement in a process of its own."""
+    code = f"from streamgauge import measure; print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)])
+def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    width, peaks = 768, []
+    for depth in (2, 14):
+        config = models.ARCHITECTURES[name].config()
+        config.update(
+            {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_key_value_heads": 4}
+        )
+        model = models.tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        peaks.append(_peak(models.save(model, tmp_path / str(depth))))
+    block = 4 * 12 * width**2  # bytes in fp32, about: attention 4 width², MLP 8 or 12 width²
+    # Held whole, twelve more blocks would be twelve more; a third of a block for each if only the fused tensors were copied.
+    assert peaks[1] - peaks[0] < 3 * block
+
+
+def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:
+    folder = models.save(models.gpt2(3), tmp_path)
+    rows = Prompts([[1, 5, 9, 11, 12, 13, 14, 15]] * 2, "test", 1)
+    record = streamgauge.measure(folder, rows=rows, groups=["weights", "stream"])
+    assert {name.split("/")[0] for name in record.arrays} == {"stream", "weights"} == set(record.groups)
+    whole = streamgauge.measure(folder, rows=rows, known=record)
+    np.testing.assert_array_equal(whole.resid_pre, record.resid_pre)
+    assert set(whole.groups) > set(record.groups)
+    with pytest.raises(UnknownModelError, match="no group 'weight'; the nearest are weights"):
+        streamgauge.measure(folder, groups=["weight"])
+
+
+def test_a_record_says_what_it_cost(tmp_path: Path) -> None:
+    said = streamgauge.measure(models.save(models.gpt2(3), tmp_path)).metadata
+    assert 0 < sum(said["seconds_by_part"].values()) <= said["seconds"] + 0.1
+    assert {"loading", "prompts", "weights", "horizon"} <= set(said["seconds_by_part"])
+    assert said["peak_private_bytes"] > 10**7 and said["read_bytes"] >= 0
+
+
+@pytest.mark.parametrize(("precision", "fewer"), [(0.5, True), (1e-9, False)])
+def test_sampling_stops_when_the_growth_rate_is_known(precision: float, fewer: bool, tmp_path: Path) -> None:
+    folder = models.save(models.planted_gpt2(1.05), tmp_path)
+    rng = np.random.default_rng(0)
+    rows = Prompts([[1, *rng.integers(4, 90, 12).tolist()] for _ in range(20)], "20 prompts", 1)
+    model = opened(folder)
+    layout = probe_layout(model)
+    kept, reached = enough_prompts(model, layout, rows, precision, show=False)
+    assert (len(kept.rows) == 8) == fewer and reached["prompts"] == len(kept.rows)
+    assert (reached["reached"] <= precision) == fewer and reached["tokens"] == 13 * len(kept.rows)
+    assert all(row in rows.rows for row in kept.rows)
+
+
+def test_precision_on_the_command_line(audit: Callable[..., Any]) -> None:
+    found = audit("--model", "pystdlib-3m", "--precision", "0.5", "-k", "growth_rate")
+    row = found.row("residual/growth_rate")
+    assert 100 < int(row["of"].split()[2]) < 400  # tokens of eight prompts, where all 64 have 1,982
+    assert "--precision 0.5" in row["reproduce"] and row["outcome"] == "pass"
+    refused = audit("--model", "pystdlib-3m", "--precision", "0")
+    assert refused.exit == 4 and "--precision 0.0 is no width of an interval" in refused.output
