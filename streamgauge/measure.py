@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
 GROUPS = {
     "stream": 1,
-    "weights": 3,
+    "weights": 4,
     "neurons": 1,
     "sublayers": 2,
     "random_input": 1,
@@ -45,7 +45,7 @@ GROUPS = {
     "patching": 1,
     "sketch": 1,
     "prediction": 1,
-    "rounding": 1,
+    "rounding": 2,
 }
 
 # Entries of a configuration that change nothing of what the model computes when it is not trained.

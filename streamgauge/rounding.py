@@ -102,7 +102,7 @@ class _Noise:
 
         generator = torch.Generator().manual_seed(draw)
         self.draw = draw
-        self.factors = torch.rand(PERIOD, generator=generator).mul_(2 * NOISE).add_(1 - NOISE)
+        self.twice = torch.rand(PERIOD, generator=generator).mul_(2 * NOISE).add_(1 - NOISE).repeat(2)
 
     def __call__(self, name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
         """Weights with noise; rows: which of the parameter's rows these are, all where None."""
@@ -110,11 +110,12 @@ class _Noise:
 
         start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
         if rows is None:
-            length = values.numel()
-            factors = self.factors.repeat(2 + length // PERIOD)[start : start + length]
+            factors = self._from(start, values.numel())
         else:
-            width = values.shape[-1]
-            twice = self.factors.repeat(2 + width // PERIOD)
-            places = ((start + rows.cpu() * width) % PERIOD).tolist()
-            factors = torch.stack([twice[place : place + width] for place in places])
+            places = ((start + rows.cpu() * values.shape[-1]) % PERIOD).tolist()
+            factors = torch.stack([self._from(place, values.shape[-1]) for place in places])
         return values * factors.view_as(values).to(values.device)
+
+    def _from(self, start: int, length: int) -> "torch.Tensor":
+        enough = self.twice if length <= PERIOD else self.twice[:PERIOD].repeat(2 + length // PERIOD)
+        return enough[start : start + length]

@@ -35,8 +35,13 @@ def _in_memory(model: Blockwise) -> list[torch.Tensor]:
     return [p for p in matrices if p.untyped_storage().nbytes() > p.element_size()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
+NARROW = [(name, torch.bfloat16) for name in models.ARCHITECTURES]
+OTHERS = [
+    (name, dtype) for name in ("gpt2", "gpt-neox-parallel", "llama", "gemma2") for dtype in (torch.float32, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), NARROW + OTHERS)
 @torch.no_grad()
 def test_logits_are_the_whole_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     whole = models.random_model(name).to(dtype)
@@ -97,8 +102,8 @@ def _peak(folder: Path) -> int:
 
 @pytest.mark.parametrize(("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)])
 def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    width, peaks = 768, []
-    for depth in (2, 14):
+    width, peaks = 640, []
+    for depth in (2, 10):
         config = models.ARCHITECTURES[name].config()
         config.update(
             {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_key_value_heads": 4}
@@ -106,8 +111,8 @@ def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path
         model = models.tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
         peaks.append(_peak(models.save(model, tmp_path / str(depth))))
     block = 4 * 12 * width**2  # bytes in fp32, about: attention 4 width², MLP 8 or 12 width²
-    # Held whole, twelve more blocks would be twelve more; a third of a block for each if only the fused tensors were copied.
-    assert peaks[1] - peaks[0] < 3 * block
+    # Held whole, eight more blocks would be eight more.
+    assert peaks[1] - peaks[0] < 2 * block
 
 
 def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:

@@ -89,7 +89,6 @@ def test_other_arithmetic_raises_no_alarm(baselines: Any, monkeypatch: pytest.Mo
     """Other batches and another number of threads add up in another order, as another machine would."""
     folder, record = baselines("gpt2")
     monkeypatch.setattr("streamgauge.forward.BATCH_TOKENS", 48)
-    monkeypatch.setattr("streamgauge.prediction.BATCH_TOKENS", 48)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
