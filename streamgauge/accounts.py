@@ -6,13 +6,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 INTERVAL = 0.05  # seconds between looks at memory
 
 
 class Accounts:
-    """Kept from its making to `close`; a thread looks at this process's memory meanwhile.
+    """Kept while its context lasts, during which a thread looks at this process's memory.
 
     peak_private_bytes: memory that is this process's own, mapped files left out. read_bytes: what came from storage, which is
     less than the files hold where the system had them in its cache; None where the system does not say.
@@ -29,7 +29,14 @@ class Accounts:
         self._started, self._read = time.monotonic(), self._read_bytes()
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
         self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._watch.join()
 
     @contextlib.contextmanager
     def of(self, part: str) -> Iterator[None]:
@@ -41,10 +48,8 @@ class Accounts:
             self._part = ""
             self.seconds[part] += time.monotonic() - started
 
-    def close(self) -> dict[str, Any]:
-        """The sums, as the record's metadata keeps them."""
-        self._closed.set()
-        self._watch.join()
+    def sums(self) -> dict[str, Any]:
+        """Up to now, as the record's metadata keeps them."""
         read = self._read_bytes()
         return {
             "seconds": round(time.monotonic() - self._started, 3),

@@ -44,7 +44,7 @@ class Blockwise:
     def __init__(self, mapped: Mapped) -> None:
         from accelerate import init_empty_weights
 
-        from streamgauge.model import build_bridge
+        from streamgauge.model import build_bridge, no_bridge
 
         self.mapped, self.device = mapped, mapped.device
         self.vocabulary = int(mapped.model.get_input_embeddings().num_embeddings)
@@ -56,7 +56,12 @@ class Blockwise:
         mapped.after_taking.append(self._split)
         mapped.after_leaving.append(self._forget)
         self._beside: tuple[Any, ...] | None = None  # what blocks return beside the stream, None where they return it bare
-        self._learn_to_pass_on()
+        try:
+            self._learn_to_pass_on()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise no_bridge(mapped.model, error) from error
 
     @contextlib.contextmanager
     def held(self, layer: int) -> Iterator[Any]:

@@ -37,6 +37,7 @@ class Mapped:
         self.after_leaving: list[Callable[[Any], None]] = []  # or gone
         self.modules: set[Any] = set()  # those that have parameters of their own
         self._change: Change | None = None
+        self._first_names = {tensor.data_ptr(): name for name, tensor in reversed(stored.items())}  # one name for tied ones
         self._matrices: dict[Any, list[Place]] = defaultdict(list)  # by block
         self._small: dict[Any, list[Place]] = defaultdict(list)  # by block, and outside of blocks under None
         self._holds: Counter[Any] = Counter()
@@ -111,12 +112,7 @@ class Mapped:
 
         stored = self.stored[name]
         value = (stored if rows is None else stored[rows.to(stored.device)]).to(self.device, torch.float32)
-        return value if self._change is None else self._change(self._first_name(name), value, rows)
-
-    def _first_name(self, name: str) -> str:
-        """The one name of a tied parameter that stands for all."""
-        pointer = self.stored[name].data_ptr()
-        return next(other for other, tensor in self.stored.items() if tensor.data_ptr() == pointer)
+        return value if self._change is None else self._change(self._first_names[stored.data_ptr()], value, rows)
 
     def _refill(self, block: Any) -> None:
         self._fill(self._small[block])

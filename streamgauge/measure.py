@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from streamgauge.blockwise import Blockwise
     from streamgauge.model import Layout
     from streamgauge.tensors import Tensors
+
+LARGE = 2**29  # bytes of weights
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it anew, and keep the others.
 GROUPS = {
@@ -120,62 +123,66 @@ def _measure(
     digest: str | None,
     show: bool,
 ) -> Record:
-    from streamgauge import model as opening
-    from streamgauge import weights
     from streamgauge.blockwise import Blockwise
-    from streamgauge.tensors import Tensors, parameter_tables
+    from streamgauge.model import load_model, probe_layout
+    from streamgauge.tensors import Tensors
 
-    accounts = Accounts()
-    hashing = ThreadPoolExecutor(1).submit(weights_sha256, checkpoint) if digest is None else None
-    with accounts.of("loading"):
-        dtypes = stored_dtypes(checkpoint)
-        mapped, unread = opening.load_model(checkpoint, device)
-        beyond = _beyond(checkpoint, mapped.model)
-    with accounts.of("prompts"):
-        rows, why = _rows(mapped, checkpoint, texts, built_in=built_in)
-    with accounts.of("loading"):
-        model = Blockwise(mapped)
-        layout = opening.probe_layout(model)
-    reached = None
-    if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
-        with accounts.of("sampling"):
-            rows, reached = enough_prompts(model, layout, rows, wanted.precision, show)
-    missing = [name for name in wanted.groups if name not in _kept(known, rows, wanted)]
-    tensors = Tensors(model, with_sketches="sketch" in missing)
-    groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
-    walk(model, {"tensors": tensors} | groups, accounts=accounts, show=show, stop=lambda: tensors.broken)
+    with Accounts() as accounts:
+        with accounts.of("loading"):
+            say_size(checkpoint, show)
+            mapped, unread = load_model(checkpoint, device)
+            # Beside what follows: it reads the files from end to end, and needs one core only.
+            hashing = ThreadPoolExecutor(1).submit(weights_sha256, checkpoint) if digest is None else None
+            beyond = _beyond(checkpoint, mapped.model)
+        with accounts.of("prompts"):
+            rows, why = _rows(mapped, checkpoint, texts, built_in=built_in)
+        with accounts.of("loading"):
+            model = Blockwise(mapped)
+            layout = probe_layout(model)
+        reached = None
+        if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
+            with accounts.of("sampling"):
+                rows, reached = enough_prompts(model, layout, rows, wanted.precision, show)
+        missing = [name for name in wanted.groups if name not in _kept(known, rows, wanted)]
+        tensors = Tensors(model, with_sketches="sketch" in missing)
+        groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
+        walk(model, {"tensors": tensors} | groups, accounts=accounts, show=show, stop=lambda: tensors.broken)
 
-    integrity = tensors.problems | {"unread": unread, "tokenizer": beyond}
-    resets = weights.reset_gains(layout)
-    integrity |= {} if resets is None else {"reset": resets}
-    metadata = _metadata(checkpoint, dtypes, mapped.model, layout, device) | {
-        "integrity": integrity,
-        "n_parameters": sum(tensor.numel() for tensor in tensors.tensors.values()),
-        "tasks_sha256": tasks_sha256(wanted.tasks),
-        "parameters": parameter_tables(model, dtypes),
-        "config": _config(mapped.model),
-        "groups": {name: GROUPS[name] for name in wanted.groups},
-        "precision": reached,
-    }
-    arrays: dict[str, np.ndarray] = {}
-    if rows is None or tensors.broken:
-        reason = f"the weights are not finite: {integrity['not_finite'][0]}" if tensors.broken else why
-        metadata["failed"] = dict.fromkeys(wanted.groups, reason)
-    else:
-        asked = "\n".join(texts) if isinstance(texts, list) else json.dumps(texts.rows)
-        metadata["texts_sha256"] = hashlib.sha256(asked.encode()).hexdigest()
-        metadata |= {"prompts": rows.source, "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled}
-        found = _found(groups, tensors, missing, accounts, show)
-        if "patching" in missing:
-            with accounts.of("patching"):
-                found["patching"] = measure_patching(model, checkpoint.folder, wanted.tasks, show)
-        if known is not None:
-            arrays = _take_over(known, [name for name in wanted.groups if name not in missing], metadata)
-        for group, (values, absent) in found.items():
-            arrays |= _take_in(group, values, absent, metadata)
-        metadata["matrices"] = _matrices(groups, known)
-    metadata["weights_sha256"] = digest if hashing is None else hashing.result()
-    return Record(arrays, metadata | accounts.close())
+        metadata = _metadata(checkpoint, tensors, layout, wanted)
+        metadata["integrity"] |= {"unread": unread, "tokenizer": beyond}
+        metadata["precision"] = reached
+        arrays: dict[str, np.ndarray] = {}
+        if rows is None or tensors.broken:
+            broken = [f"the weights are not finite: {line}" for line in tensors.problems["not_finite"]]
+            metadata["failed"] = dict.fromkeys(wanted.groups, [*broken, why][0])
+        else:
+            metadata |= _said_of(rows, texts) | {"matrices": _matrices(groups, known)}
+            found = _found(groups, tensors, missing, accounts, show)
+            if "patching" in missing:
+                with accounts.of("patching"):
+                    found["patching"] = measure_patching(model, checkpoint.folder, wanted.tasks, show)
+            if known is not None:
+                arrays = _take_over(known, [name for name in wanted.groups if name not in missing], metadata)
+            for group, (values, absent) in found.items():
+                arrays |= _take_in(group, values, absent, metadata)
+        metadata["weights_sha256"] = digest if hashing is None else hashing.result()
+        return Record(arrays, metadata | accounts.sums())
+
+
+def say_size(checkpoint: Checkpoint, show: bool) -> None:
+    """A line before files are opened that are large enough to wait for."""
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    if show and size > LARGE:
+        print(f"streamgauge: {checkpoint.name}: {size / 1e9:.1f} GB of weights", file=sys.stderr, flush=True)
+
+
+def _said_of(rows: Prompts, texts: list[str] | Prompts) -> dict[str, Any]:
+    """What the metadata says of prompts: asked for, and as the model read them."""
+    asked = "\n".join(texts) if isinstance(texts, list) else json.dumps(texts.rows)
+    return {
+        "texts_sha256": hashlib.sha256(asked.encode()).hexdigest(), "prompts": rows.source,
+        "prompts_sha256": rows.sha256(), "bos": rows.bos, "sampled": rows.sampled,
+    }  # fmt: skip
 
 
 def _matrices(groups: dict[str, Group], known: Record | None) -> dict[str, Any]:
@@ -343,7 +350,11 @@ def _first_not_finite(arrays: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout: Any, device: str) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, tensors: "Tensors", layout: "Layout", wanted: Wanted) -> dict[str, Any]:
+    """What is said of a model and of the way it was measured."""
+    from streamgauge.weights import reset_gains
+
+    model, dtypes, resets = tensors.model.mapped.model, stored_dtypes(checkpoint), reset_gains(layout)
     norm = "LayerNorm" if layout.centres else "RMSNorm"
     if not layout.pre_norm:
         norm = "post-norm"
@@ -353,6 +364,7 @@ def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout
         "model": checkpoint.name,
         "revision": checkpoint.revision,
         "architecture": type(model).__name__,
+        "config": _config(model),
         "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
         "arithmetic": "float32",
         "norm": norm,
@@ -364,8 +376,13 @@ def _metadata(checkpoint: Checkpoint, dtypes: dict[str, str], model: Any, layout
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
+        "n_parameters": sum(tensor.numel() for tensor in tensors.tensors.values()),
+        "parameters": tensors.tables(dtypes),
+        "integrity": tensors.problems | ({} if resets is None else {"reset": resets}),
+        "groups": {name: GROUPS[name] for name in wanted.groups},
+        "tasks_sha256": tasks_sha256(wanted.tasks),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")},
-        "device": device,
+        "device": str(tensors.model.device),
         "matrices": {},
         "absent": {},
         "failed": {},

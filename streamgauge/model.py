@@ -151,10 +151,11 @@ def build_bridge(model: Any) -> Any:
     try:
         return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
     except Exception as error:
-        raise _no_bridge(model, error) from error
+        raise no_bridge(model, error) from error
 
 
-def _no_bridge(model: Any, error: Exception) -> CheckpointError:
+def no_bridge(model: Any, error: Exception) -> CheckpointError:
+    """What is raised where TransformerLens cannot run a model."""
     return CheckpointError(f"TransformerLens's bridge cannot run this {type(model).__name__} ({_first_line(error)}).")
 
 
@@ -205,7 +206,7 @@ def probe_layout(model: "Blockwise") -> Layout:
     except CheckpointError:
         raise
     except Exception as error:
-        raise _no_bridge(model.mapped.model, error) from error
+        raise no_bridge(model.mapped.model, error) from error
 
 
 def _probe_layout(model: "Blockwise") -> Layout:

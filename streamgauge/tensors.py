@@ -32,7 +32,7 @@ class Tensors:
         self.distinct: dict[tuple[str, float], list[str]] = defaultdict(list)  # by kind and norm
         visited = [set(model.names_in(layer)) for layer in range(model.n_layers)]
         self.names = [[name for name in self.tensors if name in names] for names in visited]
-        for name in self.tensors.keys() - set().union(*visited):
+        for name in [name for name in self.tensors if not any(name in names for names in visited)]:
             self._read(name)
 
     def visit(self, layer: int) -> None:
@@ -46,6 +46,14 @@ class Tensors:
             return {}, {}
         sketches, norms = ([kept[name] for name in self.tensors] for kept in (self.sketches, self.norms))
         return {"parameters": np.array(sketches), "norms": np.array(norms)}, {}
+
+    def tables(self, dtypes: dict[str, str]) -> list[dict[str, Any]]:
+        """Name and shape of each tensor, and the dtype that its file has it in; a prefix may be missing there."""
+        short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
+        return [
+            {"name": name, "shape": list(tensor.shape), "dtype": short.get(name, short.get(name.split(".", 1)[-1]))}
+            for name, tensor in self.tensors.items()
+        ]
 
     @property
     def broken(self) -> bool:
@@ -84,12 +92,3 @@ def frobenius_norm(tensor: "torch.Tensor") -> float:
     """The root of the sum of squares in fp64; finite only where every number is."""
     flat = (piece.double().reshape(-1) for piece in pieces(tensor))
     return math.sqrt(sum(float(part @ part) for part in flat))
-
-
-def parameter_tables(model: Blockwise, dtypes: dict[str, str]) -> list[dict[str, Any]]:
-    """Name and shape of each of a model's tensors, and the dtype that its file has it in; a prefix may be missing there."""
-    short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
-    return [
-        {"name": name, "shape": list(t.shape), "dtype": short.get(name, short.get(name.split(".", 1)[-1]))}
-        for name, t in model.mapped.unique()
-    ]

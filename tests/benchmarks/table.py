@@ -124,9 +124,9 @@ def run_here(way: str, arguments: list[str]) -> None:
     """The other side of cost_of."""
     from streamgauge.accounts import Accounts
 
-    accounts = Accounts()
-    said = globals()[way](*arguments)
-    print(json.dumps(said | {"peak": accounts.close()["peak_private_bytes"]}))
+    with Accounts() as accounts:
+        said = globals()[way](*arguments)
+        print(json.dumps(said | {"peak": accounts.sums()["peak_private_bytes"]}))
 
 
 def heads(folder: str) -> dict[str, float]:

@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from streamgauge.convention import ov_norms
 from streamgauge.growth import growth_rates
+from streamgauge.sketch import sketch
+from streamgauge.tensors import frobenius_norm
 
 HEADS, D_MODEL, D_HEAD = 12, 768, 64
 
@@ -31,6 +34,12 @@ def test_ov_norms_by_dense_products(benchmark: Any, weights: tuple[np.ndarray, n
     expected = benchmark.pedantic(dense, rounds=1)
     for found, dense_norms in zip(ov_norms(*weights), expected, strict=True):
         np.testing.assert_allclose(found, dense_norms, rtol=1e-10)
+
+
+@pytest.mark.benchmark(group="state of a tensor, 10 million numbers")
+@pytest.mark.parametrize("kernel", [sketch, frobenius_norm])
+def test_reading_a_tensor(benchmark: Any, kernel: Any) -> None:
+    benchmark(kernel, torch.randn(6400, 1600))
 
 
 @pytest.mark.benchmark(group="growth rates")
