@@ -7,14 +7,14 @@ import numpy as np
 from streamgauge.blockwise import Blockwise
 from streamgauge.forward import Found
 from streamgauge.horizon import CleanRuns
-from streamgauge.mapped import VOCABULARY_ROWS
+from streamgauge.mapped import VOCABULARY_ROWS, give_back
 from streamgauge.model import Layout, probe_norm
 
 if TYPE_CHECKING:
     import torch
 
 KINDS = ("attn", "mlp")
-LOGITS = 2**24  # held at once, several times over
+LOGITS = 2**23  # held at once, several times over
 SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
 PROBED = 1.01  # leaves room for the rounding of a factor so found
 STRIDE = 4  # of a prompt's predictions every fourth is looked at: each costs two unembeddings a sublayer
@@ -49,6 +49,7 @@ class SublayerEffects:
             for run in runs:
                 for name, values in run.effects().items():
                     parts.setdefault(name, []).append(values)
+                give_back()
             largest = np.array([runs[0].largest_row()])
         return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
 
