@@ -105,14 +105,6 @@ class Blockwise:
         stream: torch.Tensor = batch.stream
         return stream
 
-    def run(self, rows: "Sequence[Sequence[int]] | torch.Tensor", hooks: Hooks = ()) -> Batch:
-        """Take rows of one length through all blocks."""
-        batch = self.enter(rows)
-        sorted_hooks = by_layer(hooks, self.n_layers)
-        for layer in range(self.n_layers):
-            self.step(batch, layer, sorted_hooks[layer])
-        return batch
-
     def logits(self, ids: "torch.Tensor", stream: "torch.Tensor", hooks: Hooks = ()) -> "torch.Tensor":
         """What the model's own last norm and unembedding make of a stream. Of ids, (rows, positions), the shape matters."""
         with self._passing_on(lambda layer, *_: stream), self.bridge.hooks(fwd_hooks=list(hooks)):

@@ -42,9 +42,18 @@ def ov_norms(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The squared Frobenius norm is tr(W_V^T W_V · W_O W_O^T); the squared spectral norm is the largest eigenvalue of
     R (W_O W_O^T) R with R the symmetric root of W_V^T W_V.
     """
-    reading, writing = ov_grams(W_V, W_O)
-    frobenius = np.sqrt(np.maximum((reading * writing.swapaxes(-1, -2)).sum((-1, -2)), 0))
-    return frobenius, np.sqrt(product_eigenvalues(reading, writing)[..., -1])
+    grams = ov_grams(W_V, W_O)
+    return product_frobenius(*grams), product_spectral(*grams)
+
+
+def product_frobenius(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
+    """Frobenius norms of products of matrices with these Gram matrices (…, d_head, d_head)."""
+    return np.asarray(np.sqrt(np.maximum((reading * writing.swapaxes(-1, -2)).sum((-1, -2)), 0)))
+
+
+def product_spectral(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
+    """Largest singular values of the same."""
+    return np.asarray(np.sqrt(product_eigenvalues(reading, writing)[..., -1]))
 
 
 def product_eigenvalues(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:

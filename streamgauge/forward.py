@@ -49,12 +49,6 @@ def walk(
                         group.visit(layer)
 
 
-def measure_group(model: Blockwise, *groups: Group) -> Found:
-    """What the last of a few groups finds by itself and those before it."""
-    walk(model, {str(number): group for number, group in enumerate(groups)})
-    return groups[-1].found()
-
-
 class Meter(Protocol):
     """What a PromptRun reads with: hooks that reduce activations as they come."""
 
@@ -91,8 +85,8 @@ class PromptRun:
 class Reading:
     """A group that reads each block for itself: `read` gives a layer's values by name."""
 
-    def __init__(self, read: Callable[[int], dict[str, Any]], absent: dict[str, str] | None = None) -> None:
-        self.read, self.absent = read, absent or {}
+    def __init__(self, read: Callable[[int], dict[str, Any]]) -> None:
+        self.read = read
         self.layers: list[dict[str, Any]] = []
 
     def visit(self, layer: int) -> None:
@@ -101,8 +95,7 @@ class Reading:
 
     def found(self) -> Found:
         """The values of all layers, stacked."""
-        names = self.layers[0] if self.layers else ()
-        return {name: np.array([values[name] for values in self.layers]) for name in names}, self.absent
+        return {name: np.array([values[name] for values in self.layers]) for name in self.layers[0]}, {}
 
 
 class Absent:

@@ -129,7 +129,7 @@ def _measure(
 
     with Accounts() as accounts:
         with accounts.of("loading"):
-            say_size(checkpoint, show)
+            _say_size(checkpoint, show)
             mapped, unread = load_model(checkpoint, device)
             # Beside what follows: it reads the files from end to end, and needs one core only.
             hashing = ThreadPoolExecutor(1).submit(weights_sha256, checkpoint) if digest is None else None
@@ -169,7 +169,7 @@ def _measure(
         return Record(arrays, metadata | accounts.sums())
 
 
-def say_size(checkpoint: Checkpoint, show: bool) -> None:
+def _say_size(checkpoint: Checkpoint, show: bool) -> None:
     """A line before files are opened that are large enough to wait for."""
     size = sum(path.stat().st_size for path in checkpoint.files)
     if show and size > LARGE:
@@ -228,7 +228,7 @@ def current_groups(record: Record, wanted: Wanted) -> list[str]:
     """The groups that are as this instrument would measure them."""
     current = [name for name, version in GROUPS.items() if record.groups.get(name) == version]
     tried = [f"horizon/loss.{variant.name}" for variant in variants_of(wanted.horizons, record.n_layers)]
-    if "horizon/k" in record.arrays and not set(tried) <= set(record.arrays):
+    if "horizon" in current and "horizon/k" in record.arrays and not set(tried) <= set(record.arrays):
         current.remove("horizon")
     if "patching" in current and record.metadata.get("tasks_sha256") != tasks_sha256(wanted.tasks):
         current.remove("patching")

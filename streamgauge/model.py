@@ -37,10 +37,12 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Mapped, list[str]]:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise _unsupported(checkpoint, str(error)) from error
-    named = (getattr(config, "architectures", None) or [None])[0]
+    config.return_dict = True  # a matter of form, and transformers' own models cannot do without
+    architectures = getattr(config, "architectures", None)
+    named = architectures[0] if isinstance(architectures, list) and architectures else config.model_type
     auto = transformers.AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
-        raise _unsupported(checkpoint, f"{named or config.model_type} is not a causal language model")
+        raise _unsupported(checkpoint, f"{named} is not a causal language model")
     architecture = auto._model_mapping[type(config)].__name__
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise _unsupported(checkpoint, f"TransformerLens has no bridge for {architecture}")

@@ -59,8 +59,12 @@ def tokenise(folder: Path, texts: list[str], *, context: int, vocabulary: int, s
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    if not _expresses(tokenizer, texts, encoded):
+    try:
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        expresses = _expresses(tokenizer, texts, encoded)
+    except Exception as error:
+        raise PromptError(f"the tokenizer in {folder} cannot be used ({type(error).__name__}: {error}).") from error
+    if not expresses:
         return None
     bos = tokenizer.bos_token_id
     rows = [([] if bos is None else [bos]) + list(ids) for ids in encoded]

@@ -6,7 +6,7 @@ import numpy as np
 
 from streamgauge.bands import default_window
 from streamgauge.blockwise import Blockwise
-from streamgauge.forward import PromptRun, by_token, walk
+from streamgauge.forward import PromptRun, walk
 from streamgauge.growth import bootstrap_rate, growth_rates
 from streamgauge.model import Layout
 from streamgauge.prompts import Prompts
@@ -56,7 +56,6 @@ def _growth(
     """Growth rates of text tokens, and the prompt that each is of."""
     meter = StreamMeter(layout, prompts)
     walk(model, {"prompts": PromptRun(model, prompts, [meter])}, show=show)
-    norms = by_token({key: values for key, values in meter.readings.items() if key[0] == "resid_pre"}, layout.n_layers, prompts)
-    tokens = meter.found()[0]
-    text = tokens["position"] > 0
-    return growth_rates(norms["resid_pre"][:, text], window), tokens["prompt"][text]
+    found, _ = meter.found()
+    text = found["position"] > 0
+    return growth_rates(found["resid_pre"][:, text], window), found["prompt"][text]

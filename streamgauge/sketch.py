@@ -29,11 +29,13 @@ def signs(length: int, side: int) -> np.ndarray:
     return np.random.RandomState([length % 2**32, side]).randint(0, 2, (SKETCHES, length)).astype(np.int8) * 2 - 1
 
 
-def pieces(tensor: "torch.Tensor") -> "Iterator[torch.Tensor]":
-    """A matrix's or a batch of matrices' rows, in parts that stay in a core's cache when they are taken to fp64."""
+def pieces(tensor: "torch.Tensor") -> "Iterator[tuple[slice, torch.Tensor]]":
+    """A matrix's or a batch of matrices' rows in fp64, which ones and what they hold, in parts that stay in a core's cache."""
     rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
     size = max(1, NUMBERS * rows.shape[-2] // max(1, rows.numel()))
-    yield from rows.split(size, dim=-2)
+    for start in range(0, rows.shape[-2], size):
+        own = slice(start, start + size)
+        yield own, rows[..., own, :].double()
 
 
 def sketch(tensor: "torch.Tensor") -> "torch.Tensor":
@@ -44,11 +46,8 @@ def sketch(tensor: "torch.Tensor") -> "torch.Tensor":
     left = torch.as_tensor(signs(rows.shape[-2], 0), device=rows.device).double()
     right = torch.as_tensor(signs(rows.shape[-1], 1), device=rows.device).double()
     total = torch.zeros((*rows.shape[:-2], SKETCHES), dtype=torch.float64, device=rows.device)
-    start = 0
-    for piece in pieces(rows):
-        part = piece.double() @ right.T
-        total += (part * left[:, start : start + piece.shape[-2]].T).sum(-2)
-        start += piece.shape[-2]
+    for own, piece in pieces(rows):
+        total += (piece @ right.T * left[:, own].T).sum(-2)
     return total
 
 

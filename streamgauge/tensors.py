@@ -90,5 +90,5 @@ class Tensors:
 
 def frobenius_norm(tensor: "torch.Tensor") -> float:
     """The root of the sum of squares in fp64; finite only where every number is."""
-    flat = (piece.double().reshape(-1) for piece in pieces(tensor))
+    flat = (piece.reshape(-1) for _, piece in pieces(tensor))
     return math.sqrt(sum(float(part @ part) for part in flat))

@@ -1,4 +1,4 @@
-"""The `weights` group: norms of every matrix and bias, the state of every tensor, and where W_V and W_O lie in the files."""
+"""The `weights` group: norms of every matrix and bias; and where W_V and W_O lie in the files."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from streamgauge.blockwise import Blockwise
 from streamgauge.checkpoint import Checkpoint, read_tensor, tensor_names
-from streamgauge.forward import Found
+from streamgauge.convention import expand_heads, product_frobenius, product_spectral
+from streamgauge.forward import Found, Reading
 from streamgauge.model import Layout
 from streamgauge.sketch import pieces
 
@@ -50,23 +51,19 @@ def reason_without_heads(model: Blockwise, layout: Layout) -> str | None:
 
 
 class WeightsGroup:
-    """Norms of a block's matrices and biases, in fp64, from Gram matrices and row norms: no folded matrix is formed."""
+    """Norms of a block's matrices and biases, in fp64, from Gram matrices and sums over rows."""
 
     def __init__(self, model: Blockwise, layout: Layout) -> None:
         self.model, self.layout = model, layout
-        self.layers: list[dict[str, np.ndarray]] = []
+        self.reading = Reading(self._norms)
 
     def visit(self, layer: int) -> None:
         """Read a block."""
-        block = self.model.blocks[layer]
-        readings = _attention_norms(block.attn, self.layout, layer)
-        if self.layout.has_neurons:
-            readings |= _mlp_norms(block.mlp, self.layout, layer)
-        self.layers.append(readings)
+        self.reading.visit(layer)
 
     def found(self) -> Found:
         """Arrays of the group, and the reasons for those that this architecture does not have."""
-        arrays = {name: np.array([readings[name] for readings in self.layers]) for name in self.layers[0]}
+        arrays, _ = self.reading.found()
         arrays |= {"ln1_gain": self.layout.gains, "ln2_gain": self.layout.mlp_gains}
         if not self.layout.has_neurons:
             absent = dict.fromkeys([*MLP_WEIGHTS, *GATED, *UNGATED], EXPERTS)
@@ -76,6 +73,11 @@ class WeightsGroup:
         if "W_QK_frobenius" not in arrays:
             absent |= dict.fromkeys(["W_QK_frobenius", "W_QK_spectral"], QK_NORM)
         return arrays, absent
+
+    def _norms(self, layer: int) -> dict[str, np.ndarray]:
+        block = self.model.blocks[layer]
+        mlp = _mlp_norms(block.mlp, self.layout, layer) if self.layout.has_neurons else {}
+        return _attention_norms(block.attn, self.layout, layer) | mlp
 
 
 def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
@@ -89,43 +91,31 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     readings |= {f"b_{name}_raw": _norm(own[f"W_{name}"]) for name in "QKV"}
     readings |= {f"b_{name}": _norm(own[f"W_{name}"] + carried[f"W_{name}"]) for name in "QK"}
     b_O = _bias(attn, "b_O", (raw["W_O"].shape[2],))
-    values = expand(own["W_V"] + carried["W_V"], n_heads)
+    values = (own["W_V"] + carried["W_V"]).repeat_interleave(n_heads // len(raw["W_V"]), dim=0)
     b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
-    raw_V = raw["W_V"].mT @ raw["W_V"]
-    raw_O = raw["W_O"] @ raw["W_O"].mT
-    readings["W_OV_raw_frobenius"] = product_norms(expand(raw_V, n_heads), raw_O)[0]
+    raw_V, raw_O = _gram(raw["W_V"].mT, centres=False), _gram(raw["W_O"], centres=False)
+    readings["W_OV_raw_frobenius"] = product_frobenius(expand_heads(raw_V, n_heads), raw_O)
     grams = {name: _gram(raw[name].mul_(gain[:, None]).mT, layout.centres) for name in ("W_Q", "W_K", "W_V")}
-    grams["W_O"] = layout.multiplier**2 * _gram(raw["W_O"], layout.centres, raw_O)
-    readings |= {name: _root(gram.diagonal(dim1=-2, dim2=-1).sum(-1)) for name, gram in grams.items()}
-    frobenius, spectral = product_norms(expand(grams["W_V"], n_heads), grams["W_O"])
-    readings |= {"W_OV_frobenius": frobenius, "W_OV_spectral": spectral}
+    grams["W_O"] = layout.multiplier**2 * _gram(raw["W_O"], layout.centres)
+    readings |= {name: np.sqrt(np.maximum(np.trace(gram, axis1=-2, axis2=-1), 0)) for name, gram in grams.items()}
+    products = {"W_OV": (expand_heads(grams["W_V"], n_heads), grams["W_O"])}
     if not has_qk_norm(attn):
-        keys = expand(grams["W_K"], n_heads)
-        readings["W_QK_frobenius"], readings["W_QK_spectral"] = product_norms(grams["W_Q"], keys)
-    return readings
+        products["W_QK"] = (grams["W_Q"], expand_heads(grams["W_K"], n_heads))
+    readings |= {f"{name}_frobenius": product_frobenius(*pair) for name, pair in products.items()}
+    return readings | {f"{name}_spectral": product_spectral(*pair) for name, pair in products.items()}
 
 
-def _gram(rows: "torch.Tensor", centres: bool, product: "torch.Tensor | None" = None) -> "torch.Tensor":
+def _gram(rows: "torch.Tensor", centres: bool) -> np.ndarray:
     """Inner products (…, n, n) of rows (…, n, d_model), each row minus its mean where the convention centres.
 
-    product: rows @ rows^T, where it is known: without the means it is less by d_model times their outer product.
+    Without the means the products are less by d_model times those of the means.
     """
-    product = rows @ rows.mT if product is None else product
-    if not centres:
-        return product
-    mean = rows.mean(-1, keepdim=True)
-    return product - rows.shape[-1] * mean @ mean.mT
-
-
-def product_norms(reading: "torch.Tensor", writing: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
-    """Frobenius and spectral norms of products of matrices with these Gram matrices, as in `convention.ov_norms`."""
-    import torch
-
-    frobenius = _root((reading * writing.mT).sum((-1, -2)))
-    values, vectors = torch.linalg.eigh(reading)
-    root = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
-    return frobenius, _root(torch.linalg.eigvalsh(root @ writing @ root)[..., -1])
+    product = rows @ rows.mT
+    if centres:
+        mean = rows.mean(-1, keepdim=True)
+        product -= rows.shape[-1] * mean @ mean.mT
+    return np.asarray(product.cpu().numpy())
 
 
 def has_qk_norm(attn: Any) -> bool:
@@ -159,13 +149,10 @@ def _reading_norms(
 ) -> tuple[np.ndarray, np.ndarray, "torch.Tensor"]:
     """Frobenius norms of a reading weight (d_model, d_mlp), raw and folded, and what the norm's bias carries through it."""
     raw = folded = carried = total = gain.new_zeros(())
-    start = 0
-    for piece in pieces(weight):
-        rows, own = piece.double(), slice(start, start + len(piece))
+    for own, rows in pieces(weight):
         scaled = gain[own, None] * rows
         raw, folded = raw + _square(rows), folded + _square(scaled)
         total, carried = total + scaled.sum(0), carried + bias[own] @ rows
-        start += len(piece)
     mean = _square(total) / len(weight) if centres else 0
     return _root(raw), _root(folded - mean), carried
 
@@ -173,12 +160,9 @@ def _reading_norms(
 def _writing_norms(weight: "torch.Tensor", bias: "torch.Tensor", layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frobenius norms of a writing weight (d_mlp, d_model), raw and in the convention, and the norm of bias @ weight there."""
     raw = means = carried = bias.new_zeros(())
-    start = 0
-    for piece in pieces(weight):
-        rows = piece.double()
+    for own, rows in pieces(weight):
         raw, means = raw + _square(rows), means + _square(rows.sum(1))
-        carried = carried + bias[start : start + len(piece)] @ rows
-        start += len(piece)
+        carried = carried + bias[own] @ rows
     folded = _root(raw - means / weight.shape[1] if layout.centres else raw)
     return _root(raw), layout.multiplier * folded, layout.multiplier * _norm(layout.centre(carried))
 
@@ -190,11 +174,6 @@ def _through(W_in: "torch.Tensor", W_out: "torch.Tensor", gain: "torch.Tensor", 
         product -= product.mean(0)
         product -= product.mean(1, keepdim=True)
     return np.asarray(layout.multiplier * _root(_square(product)))
-
-
-def expand(by_kv_head: "torch.Tensor", n_heads: int) -> "torch.Tensor":
-    """What key or value heads have, repeated for the query heads that share them."""
-    return by_kv_head.repeat_interleave(n_heads // len(by_kv_head), dim=0)
 
 
 def _frobenius(heads: "torch.Tensor") -> np.ndarray:
@@ -307,10 +286,7 @@ def _in_files(place: dict[str, Any], weight: "torch.Tensor", files: dict[str, An
     candidates = [n for n in files if n == wanted or wanted.endswith(f".{n}") or n.endswith(f".{wanted}")]
     for name in candidates:
         view = strided(read_tensor(files[name], name), place)
-        # One value in eight tells another layout from this one just as well.
-        if view is not None and np.array_equal(
-            view[..., ::8].astype(np.float32), weight[..., ::8].cpu().numpy(), equal_nan=True
-        ):
+        if view is not None and np.array_equal(view.astype(np.float32), weight.detach().cpu().numpy(), equal_nan=True):
             place["tensor"] = name
             return True
     return False

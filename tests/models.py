@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import transformers as tf
 
-from streamgauge.blockwise import Blockwise
+from streamgauge.blockwise import Batch, Blockwise, by_layer
+from streamgauge.forward import Found, Group, walk
 from streamgauge.mapped import Mapped
 
 tf.logging.set_verbosity_error()
@@ -105,6 +106,20 @@ def random_model(name: str, seed: int = 0) -> Any:
 def blockwise(model: Any) -> Blockwise:
     """A model in memory, as checkpoints are measured."""
     return Blockwise(Mapped.of(model))
+
+
+def measure_group(model: Blockwise, *groups: Group) -> Found:
+    """What the last of a few groups finds, after a walk with all of them."""
+    walk(model, {str(number): group for number, group in enumerate(groups)})
+    return groups[-1].found()
+
+
+def run(model: Blockwise, ids: Any, hooks: Any = ()) -> Batch:
+    """Take rows of one length through all blocks."""
+    batch, hooked = model.enter(ids), by_layer(hooks, model.n_layers)
+    for layer in range(model.n_layers):
+        model.step(batch, layer, hooked[layer])
+    return batch
 
 
 def gpt2(n_layers: int = 12, seed: int = 0) -> Any:

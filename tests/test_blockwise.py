@@ -47,7 +47,7 @@ def test_logits_are_the_whole_models(name: str, dtype: torch.dtype, tmp_path: Pa
     expected = models.tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")(
         IDS
     ).logits
-    batch = model.run(IDS)
+    batch = models.run(model, IDS)
     torch.testing.assert_close(model.logits(IDS, batch.stream), expected, rtol=1e-5, atol=1e-5)
     direct = model.bridge(IDS, return_type="logits")
     torch.testing.assert_close(direct, expected, rtol=1e-5, atol=1e-5)

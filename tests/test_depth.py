@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamgauge.blockwise import Blockwise
-from streamgauge.forward import PromptRun, measure_group
+from streamgauge.forward import PromptRun
 from streamgauge.horizon import CleanRuns, Horizons, Variant, all_variants, default_grid
 from streamgauge.model import probe_layout
 from streamgauge.prompts import Prompts
@@ -104,7 +104,7 @@ def _measured(name: str) -> tuple[Any, Any, Prompts]:
 def _horizons(model: Any, prompts: Prompts, variants: list[Variant]) -> dict[str, np.ndarray]:
     run = PromptRun(model, prompts, [])
     clean = CleanRuns(run)
-    arrays, absent = measure_group(model, run, clean, Horizons(clean, variants))
+    arrays, absent = models.measure_group(model, run, clean, Horizons(clean, variants))
     assert not absent
     return arrays
 
@@ -112,7 +112,7 @@ def _horizons(model: Any, prompts: Prompts, variants: list[Variant]) -> dict[str
 def _effects(model: Any, layout: Any, prompts: Prompts) -> dict[str, np.ndarray]:
     run = PromptRun(model, prompts, [])
     clean = CleanRuns(run)
-    arrays, absent = measure_group(model, run, clean, SublayerEffects(layout, clean))
+    arrays, absent = models.measure_group(model, run, clean, SublayerEffects(layout, clean))
     assert not absent
     return arrays
 

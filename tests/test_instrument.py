@@ -9,7 +9,7 @@ import torch
 import streamgauge
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.convention import centre, ov_norms, random_inputs
-from streamgauge.forward import PromptRun, measure_group, walk
+from streamgauge.forward import PromptRun, walk
 from streamgauge.matrices import Matrices
 from streamgauge.model import build_bridge, probe_layout, probe_norm, run_mlp
 from streamgauge.neurons import NeuronMeter
@@ -87,7 +87,7 @@ def test_raw_norms_are_the_files(name: str) -> None:
 def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
     model = models.blockwise(models.random_model(name))
     layout = probe_layout(model)
-    found, _ = measure_group(model, RandomInputGroup(model, layout, NeuronMeter(layout, Prompts(ROWS, "test", 1)), None))
+    found, _ = models.measure_group(model, RandomInputGroup(model, layout, NeuronMeter(layout, Prompts(ROWS, "test", 1)), None))
     oracle = compatible(name)
     x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[:, None]
     for n, block in enumerate(oracle.blocks):
@@ -219,7 +219,7 @@ def test_the_closed_form_of_the_mlp_is_what_the_block_adds(name: str) -> None:
     seen: dict[str, torch.Tensor] = {}
     hooks = [(f"blocks.1.{h}", lambda x, hook, h=h: seen.__setitem__(h, x.clone())) for h in ("mlp.hook_in", "hook_mlp_out")]
     with torch.no_grad(), model.held(1) as block:
-        model.run(IDS, hooks)
+        models.run(model, IDS, hooks)
         answer = run_mlp(block, layout, seen["mlp.hook_in"])
     torch.testing.assert_close(answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5)
 
@@ -231,10 +231,10 @@ def test_rounding_leaves_the_weights_as_they_were(name: str) -> None:
     model = models.blockwise(models.random_model(name))
     before = {key: value.clone() for key, value in model.mapped.stored.items()}
     with torch.no_grad():
-        batch = model.run(IDS)
+        batch = models.run(model, IDS)
         rounding = rounding_group(model, probe_layout(model), Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1))
-        arrays, _ = measure_group(model, rounding)
-        again = model.run(IDS)
+        arrays, _ = models.measure_group(model, rounding)
+        again = models.run(model, IDS)
         assert torch.equal(again.stream, batch.stream)
         assert torch.equal(model.logits(IDS, again.stream), model.logits(IDS, batch.stream))
     for key, value in model.mapped.stored.items():

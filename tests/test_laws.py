@@ -491,7 +491,6 @@ def test_scale_blindness_does_not_pass_over_nan() -> None:
 
 
 def test_without_a_norm_scale_blindness_would_fail() -> None:
-    from streamgauge.forward import measure_group
     from streamgauge.model import probe_layout
     from streamgauge.sublayers import ScaleBlindness
 
@@ -500,5 +499,5 @@ def test_without_a_norm_scale_blindness_would_fail() -> None:
     for block in model.blocks:
         divides_by_a_constant = lambda x, norm=block.ln2: norm.hook_in(x) / 2**20  # noqa: E731
         object.__setattr__(block.ln2, "forward", divides_by_a_constant)  # bridges hand plain attributes on to what they wrap
-    errors, _ = measure_group(model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1)))
+    errors, _ = models.measure_group(model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1)))
     assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

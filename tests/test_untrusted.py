@@ -259,6 +259,24 @@ OF_GPT2 = json.loads(models.tf.GPT2Config(**models.GPT2).to_json_string(use_diff
 KEYS = [*sorted(OF_GPT2), "auto_map", "quantization_config"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", 1),
+        ("architectures", {"": None}),
+        ("architectures", []),
+        ("architectures", "GPT2"),
+        ("return_dict", None),
+    ],
+)
+def test_entries_that_are_not_of_the_model(key: str, value: Any, sound: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound, tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # so that the model is run, to write prompts
+    _opened(folder)
+
+
 def test_fuzz_configurations(sound: Path, tmp_path: Path) -> None:
     def change(folder: Path, entries: dict[str, Any]) -> None:
         config = json.loads((folder / "config.json").read_text())

@@ -135,7 +135,7 @@ def heads(folder: str) -> dict[str, float]:
     import torch
     from transformer_lens.FactoredMatrix import FactoredMatrix
 
-    from streamgauge.weights import product_norms
+    from streamgauge.convention import product_frobenius, product_spectral
 
     torch.manual_seed(0)
     n, d_model, d_head = 25, 1600, 64
@@ -146,7 +146,8 @@ def heads(folder: str) -> dict[str, float]:
 
     def ours() -> tuple[Any, Any]:
         one, other = V.double(), O.double()
-        return product_norms(one.mT @ one, other @ other.mT)
+        grams = (one.mT @ one).numpy(), (other @ other.mT).numpy()
+        return product_frobenius(*grams), product_spectral(*grams)
 
     def theirs() -> tuple[Any, Any]:
         product = FactoredMatrix(V, O)
