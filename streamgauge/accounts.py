@@ -1,12 +1,13 @@
 """What a measurement cost: seconds by part, bytes read, peak memory."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Self
+
+from streamgauge.memory import private_bytes
 
 INTERVAL = 0.05  # seconds between looks at memory
 
@@ -61,17 +62,11 @@ class Accounts:
 
     def _look(self) -> None:
         while True:
-            part, now = self._part, self._private_bytes()
+            part, now = self._part, private_bytes()
             self.peaks[part] = max(self.peaks[part], now)
             self.peak_private_bytes = max(self.peak_private_bytes, now)
             if self._closed.wait(INTERVAL):
                 return
-
-    def _private_bytes(self) -> int:
-        if sys.platform == "linux":
-            memory = self.process.memory_info()
-            return int(memory.rss - memory.shared)
-        return int(self.process.memory_full_info().uss)
 
     def _read_bytes(self) -> int | None:
         return int(self.process.io_counters().read_bytes) if hasattr(self.process, "io_counters") else None

@@ -48,8 +48,8 @@ class Blockwise:
 
         self.mapped, self.device = mapped, mapped.device
         self.vocabulary = int(mapped.model.get_input_embeddings().num_embeddings)
-        with init_empty_weights(include_buffers=False):
-            self.bridge = build_bridge(mapped.model)
+        with init_empty_weights(include_buffers=False), mapped.without_tables():
+            self.bridge = build_bridge(mapped.model, self.device)
         self.blocks = list(self.bridge.blocks)
         self.n_layers = len(self.blocks)
         self._derived = {block.original_component: list(_splitting(block)) for block in self.blocks}

@@ -40,7 +40,7 @@ def ov_norms(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Frobenius and spectral norms of W_V W_O per head, shapes (n_heads,), without forming the product.
 
     The squared Frobenius norm is tr(W_V^T W_V · W_O W_O^T); the squared spectral norm is the largest eigenvalue of
-    R (W_O W_O^T) R with R the symmetric root of W_V^T W_V.
+    R^T (W_O W_O^T) R with R R^T = W_V^T W_V.
     """
     grams = ov_grams(W_V, W_O)
     return product_frobenius(*grams), product_spectral(*grams)
@@ -58,10 +58,18 @@ def product_spectral(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
 
 def product_eigenvalues(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
     """Eigenvalues, ascending and not negative, of the product of two Gram matrices (…, d_head, d_head): sigma_i² of W_OV."""
-    values, vectors = np.linalg.eigh(reading)
-    root = (vectors * np.sqrt(np.maximum(values, 0))[..., None, :]) @ vectors.swapaxes(-1, -2)
-    eigenvalues: np.ndarray = np.maximum(np.linalg.eigvalsh(root @ writing @ root), 0)
+    root = _root(reading)
+    eigenvalues: np.ndarray = np.maximum(np.linalg.eigvalsh(root.swapaxes(-1, -2) @ writing @ root), 0)
     return eigenvalues
+
+
+def _root(gram: np.ndarray) -> np.ndarray:
+    """Matrices R with R R^T = gram."""
+    try:
+        return np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:  # not of full rank, like that of a head of zeros
+        values, vectors = np.linalg.eigh(gram)
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0))[..., None, :])
 
 
 def random_inputs(n: int, d_model: int, centres: bool, seed: int) -> np.ndarray:

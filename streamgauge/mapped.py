@@ -1,11 +1,12 @@
 """A model whose weights stay in its mapped files: a block has its own in memory, in fp32, only while it is at work."""
 
 import contextlib
-import ctypes
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from streamgauge.memory import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Mapped:
         self._matrices: dict[Any, list[Place]] = defaultdict(list)  # by block
         self._small: dict[Any, list[Place]] = defaultdict(list)  # by block, and outside of blocks under None
         self._holds: Counter[Any] = Counter()
+        self._tables: list[Place] = []  # the embedding and the unembedding
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name in stored:
             path, _, attribute = name.rpartition(".")
@@ -51,6 +53,7 @@ class Mapped:
                 self._matrices[block].append((module, attribute, name))
             elif module is embedding or (module is head and attribute == "weight"):
                 self._empty(module, attribute, name)
+                self._tables.append((module, attribute, name))
                 self._serve_rows(module, name) if module is embedding else self._serve_chunks(module, name)
             else:
                 self._small[block].append((module, attribute, name))
@@ -98,6 +101,19 @@ class Mapped:
         finally:
             self._change = None
             self._refill(block)
+
+    @contextlib.contextmanager
+    def without_tables(self) -> Iterator[None]:
+        """Let the embedding and the unembedding be where nothing is copied: a bridge that is built puts tables together."""
+        import torch
+
+        for module, attribute, name in self._tables:
+            module._parameters[attribute] = torch.nn.Parameter(self.stored[name].to("meta"), requires_grad=False)
+        try:
+            yield
+        finally:
+            for place in self._tables:
+                self._empty(*place)
 
     def names_in(self, block: Any) -> list[str]:
         """The names of a block's parameters."""
@@ -185,12 +201,6 @@ class Mapped:
             return logits if bias is None else logits.add_(bias)
 
         head.forward = forward
-
-
-def give_back() -> None:
-    """Let the C library return memory that is free: it would keep a block's worth for every block, between small objects."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc has this
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stand_in(tensor: "torch.Tensor") -> "torch.Tensor":

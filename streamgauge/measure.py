@@ -6,8 +6,9 @@ import importlib.metadata
 import json
 import re
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from streamgauge.circuits import Task
 from streamgauge.errors import NotMeasured, PromptError, UnknownModelError
 from streamgauge.forward import Absent, Found, Group, walk
 from streamgauge.horizon import POST_NORM, SHORT, variants_of
-from streamgauge.mapped import Mapped, give_back
+from streamgauge.mapped import Mapped
+from streamgauge.memory import give_back, reused
 from streamgauge.patching import measure_patching, tasks_sha256
 from streamgauge.progress import track
 from streamgauge.prompts import Prompts, load_tokenizer, prompts_for, read_prompts
@@ -127,12 +129,12 @@ def _measure(
     from streamgauge.model import load_model, probe_layout
     from streamgauge.tensors import Tensors
 
-    with Accounts() as accounts:
+    with Accounts() as accounts, reused():
         with accounts.of("loading"):
             _say_size(checkpoint, show)
-            mapped, unread = load_model(checkpoint, device)
             # Beside what follows: it reads the files from end to end, and needs one core only.
-            hashing = ThreadPoolExecutor(1).submit(weights_sha256, checkpoint) if digest is None else None
+            hashing = None if digest else _hash(checkpoint)
+            mapped, unread = load_model(checkpoint, device)
             beyond = _beyond(checkpoint, mapped.model)
         with accounts.of("prompts"):
             rows, why = _rows(mapped, checkpoint, texts, built_in=built_in)
@@ -167,6 +169,20 @@ def _measure(
                 arrays |= _take_in(group, values, absent, metadata)
         metadata["weights_sha256"] = digest if hashing is None else hashing.result()
         return Record(arrays, metadata | accounts.sums())
+
+
+def _hash(checkpoint: Checkpoint) -> "Future[str]":
+    """The weights' sha256, on a thread that does not keep a process that has failed from ending."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(weights_sha256(checkpoint))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _say_size(checkpoint: Checkpoint, show: bool) -> None:

@@ -146,12 +146,12 @@ def context_length(config: Any) -> int:
     return next((int(v) for v in (getattr(text, n, None) for n in names) if v), 2048)
 
 
-def build_bridge(model: Any) -> Any:
+def build_bridge(model: Any, device: Any = "cpu") -> Any:
     """The raw bridge around a loaded model, which it changes in place; no tokenizer, no weight processing."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     try:
-        return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+        return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, device=device)
     except Exception as error:
         raise no_bridge(model, error) from error
 

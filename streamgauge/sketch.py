@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SKETCHES = 16
-NUMBERS = 2**18  # of a tensor are taken to fp64 at once
+NUMBERS = 2**17  # of a tensor are taken to fp64 at once
 HEADS = ("W_Q", "W_K", "W_V", "W_O")
 
 

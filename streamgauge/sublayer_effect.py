@@ -7,7 +7,8 @@ import numpy as np
 from streamgauge.blockwise import Blockwise
 from streamgauge.forward import Found
 from streamgauge.horizon import CleanRuns
-from streamgauge.mapped import VOCABULARY_ROWS, give_back
+from streamgauge.mapped import VOCABULARY_ROWS
+from streamgauge.memory import give_back
 from streamgauge.model import Layout, probe_norm
 
 if TYPE_CHECKING:

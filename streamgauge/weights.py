@@ -94,10 +94,11 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     values = (own["W_V"] + carried["W_V"]).repeat_interleave(n_heads // len(raw["W_V"]), dim=0)
     b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
-    raw_V, raw_O = _gram(raw["W_V"].mT, centres=False), _gram(raw["W_O"], centres=False)
+    raw_V, raw_O = _gram(raw["W_V"].mT), _gram(raw["W_O"])
     readings["W_OV_raw_frobenius"] = product_frobenius(expand_heads(raw_V, n_heads), raw_O)
-    grams = {name: _gram(raw[name].mul_(gain[:, None]).mT, layout.centres) for name in ("W_Q", "W_K", "W_V")}
-    grams["W_O"] = layout.multiplier**2 * _gram(raw["W_O"], layout.centres)
+    folded = {name: raw[name].mul_(gain[:, None]).mT for name in ("W_Q", "W_K", "W_V")}
+    grams = {name: _gram(rows) - _means(rows, layout.centres) for name, rows in folded.items()}
+    grams["W_O"] = layout.multiplier**2 * (raw_O - _means(raw["W_O"], layout.centres))
     readings |= {name: np.sqrt(np.maximum(np.trace(gram, axis1=-2, axis2=-1), 0)) for name, gram in grams.items()}
     products = {"W_OV": (expand_heads(grams["W_V"], n_heads), grams["W_O"])}
     if not has_qk_norm(attn):
@@ -106,16 +107,14 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     return readings | {f"{name}_spectral": product_spectral(*pair) for name, pair in products.items()}
 
 
-def _gram(rows: "torch.Tensor", centres: bool) -> np.ndarray:
-    """Inner products (…, n, n) of rows (…, n, d_model), each row minus its mean where the convention centres.
+def _gram(rows: "torch.Tensor") -> np.ndarray:
+    """Inner products (…, n, n) of rows (…, n, d_model)."""
+    return np.asarray((rows @ rows.mT).cpu().numpy())
 
-    Without the means the products are less by d_model times those of the means.
-    """
-    product = rows @ rows.mT
-    if centres:
-        mean = rows.mean(-1, keepdim=True)
-        product -= rows.shape[-1] * mean @ mean.mT
-    return np.asarray(product.cpu().numpy())
+
+def _means(rows: "torch.Tensor", centres: bool) -> "np.ndarray | float":
+    """What those products lose when each row loses its mean, as it does where the convention centres."""
+    return rows.shape[-1] * _gram(rows.mean(-1, keepdim=True)) if centres else 0.0
 
 
 def has_qk_norm(attn: Any) -> bool:
@@ -286,7 +285,7 @@ def _in_files(place: dict[str, Any], weight: "torch.Tensor", files: dict[str, An
     candidates = [n for n in files if n == wanted or wanted.endswith(f".{n}") or n.endswith(f".{wanted}")]
     for name in candidates:
         view = strided(read_tensor(files[name], name), place)
-        if view is not None and np.array_equal(view.astype(np.float32), weight.detach().cpu().numpy(), equal_nan=True):
+        if view is not None and np.array_equal(view.astype(np.float32), weight.detach().cpu().numpy()):
             place["tensor"] = name
             return True
     return False

@@ -92,8 +92,11 @@ def test_a_stream_that_changes_between_blocks_is_refused() -> None:
 
 
 def _peak(folder: Path) -> int:
-    """Of a measurement in a process of its own."""
-    code = f"from streamgauge import measure; print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
+    """Of a measurement in a process of its own, which keeps nothing for later."""
+    code = (
+        "import streamgauge.memory; from streamgauge import measure; streamgauge.memory.KEPT = 0; "
+        f"print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -101,7 +104,7 @@ def _peak(folder: Path) -> int:
 @pytest.mark.parametrize(("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)])
 def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     width, peaks = 640, []
-    for depth in (2, 10):
+    for depth in (2, 18):
         config = models.ARCHITECTURES[name].config()
         config.update(
             {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_key_value_heads": 4}
@@ -109,8 +112,8 @@ def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path
         model = models.tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
         peaks.append(_peak(models.save(model, tmp_path / str(depth))))
     block = 4 * 12 * width**2  # bytes in fp32, about: attention 4 width², MLP 8 or 12 width²
-    # Held whole, eight more blocks would be eight more.
-    assert peaks[1] - peaks[0] < 2 * block
+    # Sixteen more blocks would be sixteen more if they were held, and four if only the copies of their fused tensors were.
+    assert peaks[1] - peaks[0] < 3 * block
 
 
 def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
 
 
 def transformer_lens(folder: str) -> dict[str, float]:
-    """TransformerLens's documented way to norms of the stream and of W_OV."""
+    """TransformerLens's documented way to what `stream` and `weights` hold: norms of the stream, of weights and of products."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -77,7 +77,11 @@ def transformer_lens(folder: str) -> dict[str, float]:
         for block in bridge.blocks:
             for name in ("W_Q", "W_K", "W_V", "W_O"):
                 getattr(block.attn, name).norm(dim=(-2, -1))
-        bridge.OV.norm()
+            for matrix in (block.mlp.W_in, block.mlp.W_out, block.mlp.W_in @ block.mlp.W_out):
+                matrix.norm()
+        for product in (bridge.OV, bridge.QK):
+            product.norm()
+            product.svd()
     return {}
 
 
