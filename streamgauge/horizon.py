@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of the depth
 ROWS = 16  # prompts on which horizons are tried
-WINDOWS = 2**27  # bytes of streams that horizons keep at once
+WINDOWS = 2**28  # bytes of streams that horizons keep at once
 POST_NORM = "post-norm blocks normalise the stream itself, so it is not a sum of outputs"
 SHORT = "no prompt has two tokens, so there is nothing to predict"
 
