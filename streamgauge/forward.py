@@ -8,6 +8,7 @@ import numpy as np
 
 from streamgauge.accounts import Accounts
 from streamgauge.blockwise import Blockwise, Hooks, by_layer
+from streamgauge.memory import give_back
 from streamgauge.progress import track
 from streamgauge.prompts import Prompts
 
@@ -47,6 +48,7 @@ def walk(
                 if number == 0 or not stop():
                     with accounts.of(name) if accounts else nullcontext():
                         group.visit(layer)
+                    give_back()
 
 
 class Meter(Protocol):

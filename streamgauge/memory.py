@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 
 KEPT = 8 * 10**8  # bytes of its own that a process may have before it gives back what is free
-LARGE, NEVER = 2**25, 2**30  # the size from which the C library maps a piece by itself: by default at most, and here
+GROWN = 2**27  # and by how much more than the last time
+MAPPED = 2**25  # from this size the C library maps a piece by itself: the most that it comes to by default
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's mallopt counts
 
 
@@ -21,26 +22,32 @@ def private_bytes() -> int:
     return int(process.memory_full_info().uss)
 
 
+_left = 0  # bytes of its own that the process had when it last gave back
+
+
 def give_back() -> None:
     """Let the C library return memory that is free, where there is much: between small objects it would keep a block's worth
     for every block. What is returned and needed again costs a fault a page, so it is not done each time."""
-    if private_bytes() > KEPT:
+    global _left
+    if private_bytes() > max(KEPT, _left + GROWN):
         with contextlib.suppress(OSError, AttributeError):  # glibc has this
             ctypes.CDLL(None).malloc_trim(0)
+        _left = private_bytes()
 
 
 @contextlib.contextmanager
 def reused() -> Iterator[None]:
-    """Let the C library use large pieces again, which it would map anew each time: a tenth of the time of an audit."""
-    _map_from(NEVER)
+    """Let the C library use again what is freed, which it would return and fetch anew each time: a tenth of an audit's time."""
+    _keep(2**30)
     try:
         yield
     finally:
-        _map_from(LARGE)
+        _keep(2 * MAPPED)
 
 
-def _map_from(size: int) -> None:
+def _keep(free: int) -> None:
+    """At the end of the heap, where it can be returned."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, size)
-        library.mallopt(M_TRIM_THRESHOLD, 2 * size - 1)  # twice, as glibc has it; it must fit an int
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        library.mallopt(M_TRIM_THRESHOLD, free)

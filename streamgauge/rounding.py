@@ -109,13 +109,19 @@ class _Noise:
         import torch
 
         start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
+        noisy = torch.empty(values.shape, device=values.device)
         if rows is None:
-            factors = self._from(start, values.numel())
+            self._multiply(values.reshape(-1), noisy.view(-1), start)
         else:
             places = ((start + rows.cpu() * values.shape[-1]) % PERIOD).tolist()
-            factors = torch.stack([self._from(place, values.shape[-1]) for place in places])
-        return values * factors.view_as(values).to(values.device)
+            for row, place in enumerate(places):
+                self._multiply(values[row], noisy[row], place)
+        return noisy
 
-    def _from(self, start: int, length: int) -> "torch.Tensor":
-        enough = self.twice if length <= PERIOD else self.twice[:PERIOD].repeat(2 + length // PERIOD)
-        return enough[start : start + length]
+    def _multiply(self, values: "torch.Tensor", noisy: "torch.Tensor", start: int) -> None:
+        """Write one row of values with noise, PERIOD at a time: the noise of all of them would be as large as they are."""
+        import torch
+
+        factors = self.twice[start : start + PERIOD].to(values.device)
+        for some, own in zip(values.split(PERIOD), noisy.split(PERIOD), strict=True):
+            torch.mul(some, factors[: len(some)], out=own)

@@ -94,7 +94,7 @@ def test_a_stream_that_changes_between_blocks_is_refused() -> None:
 def _peak(folder: Path) -> int:
     """Of a measurement in a process of its own, which keeps nothing for later."""
     code = (
-        "import streamgauge.memory; from streamgauge import measure; streamgauge.memory.KEPT = 0; "
+        "import streamgauge.memory; from streamgauge import measure; streamgauge.memory.KEPT = streamgauge.memory.GROWN = 0; "
         f"print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
