@@ -69,4 +69,9 @@ class Accounts:
                 return
 
     def _read_bytes(self) -> int | None:
-        return int(self.process.io_counters().read_bytes) if hasattr(self.process, "io_counters") else None
+        import psutil
+
+        try:
+            return int(self.process.io_counters().read_bytes)
+        except (AttributeError, RuntimeError, psutil.Error):  # not every system counts, nor lets every process see
+            return None

@@ -50,13 +50,14 @@ class Blockwise:
         self.vocabulary = int(mapped.model.get_input_embeddings().num_embeddings)
         with init_empty_weights(include_buffers=False), mapped.without_tables():
             self.bridge = build_bridge(mapped.model, self.device)
-        self.blocks = list(self.bridge.blocks)
-        self.n_layers = len(self.blocks)
-        self._derived = {block.original_component: list(_splitting(block)) for block in self.blocks}
-        mapped.after_taking.append(self._split)
-        mapped.after_leaving.append(self._forget)
+        self._seen: dict[Any, torch.Tensor] = {}  # the last tensor of each shape that blocks were called with
         self._beside: tuple[Any, ...] | None = None  # what blocks return beside the stream, None where they return it bare
         try:
+            self.blocks = list(self.bridge.blocks)
+            self.n_layers = len(self.blocks)
+            self._derived = {block.original_component: list(_splitting(block)) for block in self.blocks}
+            mapped.after_taking.append(self._split)
+            mapped.after_leaving.append(self._forget)
             self._learn_to_pass_on()
         except CheckpointError:
             raise
@@ -85,7 +86,7 @@ class Blockwise:
                     f"{type(self.mapped.model).__name__} changes the stream between its blocks, which cannot be followed."
                 )
             batch.stream = stream
-            batch.calls.append((args, kwargs))
+            batch.calls.append((tuple(map(self._shared, args)), {key: self._shared(value) for key, value in kwargs.items()}))
             if layer == self.n_layers - 1:
                 raise _Entered
             return stream
@@ -94,10 +95,25 @@ class Blockwise:
             self.bridge(batch.ids, return_type=None, use_cache=False)
         return batch
 
+    def _shared(self, value: Any) -> Any:
+        """A tensor that another batch was called with, if it is equal: masks of many long prompts would fill the memory."""
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return value
+        known = self._seen.get((value.shape, value.dtype))
+        if known is None or not torch.equal(known, value):
+            known = self._seen[value.shape, value.dtype] = value
+        return known
+
+    def hooked(self, hooks: Hooks) -> contextlib.AbstractContextManager[Any]:
+        """Let hooks read for a while. To put them there costs milliseconds, so it is done once for many batches."""
+        return self.bridge.hooks(fwd_hooks=list(hooks)) if hooks else contextlib.nullcontext()
+
     def step(self, batch: Batch, layer: int, hooks: Hooks = ()) -> "torch.Tensor":
         """Take a batch through one block. Returns the stream behind it."""
         args, kwargs = batch.calls[layer]
-        with self.bridge.hooks(fwd_hooks=list(hooks)) if hooks else contextlib.nullcontext():
+        with self.hooked(hooks):
             output = self.blocks[layer](batch.stream, *args, **kwargs)
         batch.stream = output[0] if isinstance(output, tuple) else output
         if getattr(self.blocks[layer], "attn", None) is not None:
@@ -107,7 +123,7 @@ class Blockwise:
 
     def logits(self, ids: "torch.Tensor", stream: "torch.Tensor", hooks: Hooks = ()) -> "torch.Tensor":
         """What the model's own last norm and unembedding make of a stream. Of ids, (rows, positions), the shape matters."""
-        with self._passing_on(lambda layer, *_: stream), self.bridge.hooks(fwd_hooks=list(hooks)):
+        with self._passing_on(lambda layer, *_: stream), self.hooked(hooks):
             logits: torch.Tensor = self.bridge(ids, return_type="logits", use_cache=False)
         return logits.float()
 

@@ -70,9 +70,10 @@ class PromptRun:
 
     def visit(self, layer: int) -> None:
         """Take every batch through a block."""
-        for number, batch in enumerate(self.batches):
-            self.at = number
-            self.model.step(batch, layer, self.hooks[layer])
+        with self.model.hooked(self.hooks[layer]):
+            for number, batch in enumerate(self.batches):
+                self.at = number
+                self.model.step(batch, layer)
 
     def read_along(self, hooks: Hooks) -> None:
         """Let others read too, who look at `at` for the batch."""

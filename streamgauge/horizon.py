@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of the depth
 ROWS = 16  # prompts on which horizons are tried
+TOKENS = 4096  # of them at most: their streams at every layer are kept
 WINDOWS = 2**28  # bytes of streams that horizons keep at once
 POST_NORM = "post-norm blocks normalise the stream itself, so it is not a sum of outputs"
 SHORT = "no prompt has two tokens, so there is nothing to predict"
@@ -102,10 +103,13 @@ def horizon_interval(
 
 
 def some_rows(prompts: Prompts) -> list[int]:
-    """Indices of ROWS prompts of two tokens or more, spread over the set."""
+    """Indices of ROWS prompts of two tokens or more, spread over the set; fewer where they have more than TOKENS together."""
     usable = [index for index, row in enumerate(prompts.rows) if len(row) > 1]
-    places = np.linspace(0, len(usable) - 1, min(ROWS, len(usable))).astype(int)
-    return [usable[place] for place in np.unique(places)]
+    for count in range(min(ROWS, len(usable)), 0, -1):
+        chosen = [usable[place] for place in np.linspace(0, len(usable) - 1, count).astype(int)]
+        if count == 1 or sum(len(prompts.rows[index]) for index in chosen) <= TOKENS:
+            return chosen
+    return []
 
 
 def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:

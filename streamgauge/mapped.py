@@ -23,11 +23,12 @@ Change = Callable[[str, "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
 class Mapped:
     """A plain Hugging Face model and where its weights lie.
 
-    model: its modules, whose parameters have no memory outside of `held`; buffers are real. stored: each parameter by name,
-    as the file has it, mapped rather than read; tied ones under all their names. device: where it computes.
+    model: its modules, whose large parameters have no memory outside of `held`; buffers are real. stored: each parameter by
+    name, as the file has it, mapped rather than read; tied ones under all their names. device: where it computes.
 
     Each block takes its matrices when it is run and lets go of them afterwards. The input embedding takes the rows it is asked
-    for, the unembedding VOCABULARY_ROWS at a time. Everything else, vectors and positions, is small and stays.
+    for, the unembedding VOCABULARY_ROWS at a time. Everything else stays: vectors and positions, which are small,
+    and whatever large tables an architecture has outside of its blocks beside those two.
     """
 
     def __init__(self, model: Any, stored: "dict[str, torch.Tensor]", device: str) -> None:
@@ -85,22 +86,25 @@ class Mapped:
     @contextlib.contextmanager
     def held(self, block: Any) -> Iterator[None]:
         """Keep a block's weights in memory, in fp32 on the device."""
-        self._take(block)
         try:
+            self._take(block)
             yield
         finally:
             self._leave(block)
 
     @contextlib.contextmanager
-    def changed(self, change: Change, block: Any = None) -> Iterator[None]:
-        """Let a held block, or everything outside of blocks, compute with other weights than the file's."""
-        self._change = change
-        self._refill(block)
+    def changes(self, block: Any = None) -> Iterator[Callable[[Change | None], None]]:
+        """Let a held block, or everything outside of blocks, compute with one change after the other of the file's weights."""
+
+        def use(change: Change | None) -> None:
+            if change is not self._change:
+                self._change = change
+                self._refill(block)
+
         try:
-            yield
+            yield use
         finally:
-            self._change = None
-            self._refill(block)
+            use(None)
 
     @contextlib.contextmanager
     def without_tables(self) -> Iterator[None]:

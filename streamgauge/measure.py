@@ -129,7 +129,7 @@ def _measure(
     from streamgauge.model import load_model, probe_layout
     from streamgauge.tensors import Tensors
 
-    with Accounts() as accounts, reused():
+    with reused(), Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
@@ -145,7 +145,8 @@ def _measure(
         if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
             with accounts.of("sampling"):
                 rows, reached = enough_prompts(model, layout, rows, wanted.precision, show)
-        missing = [name for name in wanted.groups if name not in _kept(known, rows, wanted)]
+        kept = _kept(known, rows, wanted)
+        missing = [name for name in wanted.groups if name not in kept]
         tensors = Tensors(model, with_sketches="sketch" in missing)
         groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
         walk(model, {"tensors": tensors} | groups, accounts=accounts, show=show, stop=lambda: tensors.broken)

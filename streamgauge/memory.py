@@ -22,6 +22,7 @@ def private_bytes() -> int:
     return int(process.memory_full_info().uss)
 
 
+LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # only glibc has what is asked of it here
 _left = 0  # bytes of its own that the process had when it last gave back
 
 
@@ -29,15 +30,21 @@ def give_back() -> None:
     """Let the C library return memory that is free, where there is much: between small objects it would keep a block's worth
     for every block. What is returned and needed again costs a fault a page, so it is not done each time."""
     global _left
-    if private_bytes() > max(KEPT, _left + GROWN):
-        with contextlib.suppress(OSError, AttributeError):  # glibc has this
-            ctypes.CDLL(None).malloc_trim(0)
+    if LIBRARY is None or not hasattr(LIBRARY, "malloc_trim"):
+        return
+    now = private_bytes()
+    _left = min(_left, now)
+    if now > max(KEPT, _left + GROWN):
+        LIBRARY.malloc_trim(0)
         _left = private_bytes()
 
 
 @contextlib.contextmanager
 def reused() -> Iterator[None]:
-    """Let the C library use again what is freed, which it would return and fetch anew each time: a tenth of an audit's time."""
+    """Let the C library use again what is freed, which it would return and fetch anew each time: a tenth of an audit's time.
+
+    Afterwards its thresholds are where a process that frees large pieces brings them by default.
+    """
     _keep(2**30)
     try:
         yield
@@ -47,7 +54,6 @@ def reused() -> Iterator[None]:
 
 def _keep(free: int) -> None:
     """At the end of the heap, where it can be returned."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
-        library.mallopt(M_TRIM_THRESHOLD, free)
+    if LIBRARY is not None and hasattr(LIBRARY, "mallopt"):
+        LIBRARY.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        LIBRARY.mallopt(M_TRIM_THRESHOLD, free)

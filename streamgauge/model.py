@@ -15,7 +15,7 @@ from streamgauge.untrusted import refuse_sizes
 if TYPE_CHECKING:
     from streamgauge.blockwise import Blockwise
 
-BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
 PROBE_SIZE = 1e3  # large enough that a norm's epsilon does not show in fp32
 
 
@@ -96,7 +96,7 @@ def _mapped_dtype(checkpoint: Checkpoint) -> Any:
     import torch
 
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
-    kinds = {dtype for dtype in stored_dtypes(checkpoint).values() if "F" in dtype}
+    kinds = {dtype for name, dtype in stored_dtypes(checkpoint).items() if "F" in dtype and not name.endswith(BUFFERS)}
     return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 

@@ -4,7 +4,6 @@ What two checkpoints that differ by rounding alone may differ by in behaviour is
 model with relative noise of a known size on every weight.
 """
 
-import contextlib
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +53,18 @@ class _Rounding:
         self.names = ["attn_out", "mlp_out"] if layout.pre_norm else []
         self.norms: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in ["resid", *self.names]} for _ in self.noises]
         self.batches = []
-        for norms, noise in zip(self.norms, self.noises, strict=True):
-            with self._noisy(noise):
+        with model.mapped.changes() as use:
+            for norms, noise in zip(self.norms, self.noises, strict=True):
+                use(noise)
                 self.batches.append(model.enter(rows))
-            norms["resid"].append(self._log_norms(self.batches[-1].stream))
+                norms["resid"].append(self._log_norms(self.batches[-1].stream))
 
     def visit(self, layer: int) -> None:
         """Take all batches through a block, each with its own weights."""
-        block = self.model.blocks[layer].original_component
-        for batch, norms, noise in zip(self.batches, self.norms, self.noises, strict=True):
-            hooks = [(f"blocks.{layer}.hook_{name}", self._reader(norms[name])) for name in self.names]
-            with self._noisy(noise, block):
+        with self.model.mapped.changes(self.model.blocks[layer].original_component) as use:
+            for batch, norms, noise in zip(self.batches, self.norms, self.noises, strict=True):
+                hooks = [(f"blocks.{layer}.hook_{name}", self._reader(norms[name])) for name in self.names]
+                use(noise)
                 norms["resid"].append(self._log_norms(self.model.step(batch, layer, hooks)))
 
     def found(self) -> Found:
@@ -72,8 +72,9 @@ class _Rounding:
         import torch
 
         found = [{name: torch.stack(values) for name, values in norms.items()} for norms in self.norms]
-        for noise, batch, values in zip(self.noises, self.batches, found, strict=True):
-            with self._noisy(noise), torch.no_grad():
+        with self.model.mapped.changes() as use, torch.no_grad():
+            for noise, batch, values in zip(self.noises, self.batches, found, strict=True):
+                use(noise)
                 values["loss"] = torch.as_tensor(token_losses(self.model, batch.ids, batch.stream)).flatten()[None]
         clean, *noisy = found
         moved = {
@@ -89,9 +90,6 @@ class _Rounding:
         import torch
 
         return torch.linalg.vector_norm(self.layout.centre(x).double(), dim=-1).flatten().clamp_min(1e-300).log()
-
-    def _noisy(self, noise: "_Noise | None", block: Any = None) -> Any:
-        return contextlib.nullcontext() if noise is None else self.model.mapped.changed(noise, block)
 
 
 class _Noise:
@@ -122,6 +120,6 @@ class _Noise:
         """Write one row of values with noise, PERIOD at a time: the noise of all of them would be as large as they are."""
         import torch
 
-        factors = self.twice[start : start + PERIOD].to(values.device)
+        factors = self.twice[start : start + min(PERIOD, len(values))].to(values.device)
         for some, own in zip(values.split(PERIOD), noisy.split(PERIOD), strict=True):
             torch.mul(some, factors[: len(some)], out=own)

@@ -42,11 +42,16 @@ def enough_prompts(
         drawn += len(new)
         interval = bootstrap_rate(np.concatenate(rates), np.concatenate(numbers))
         width = interval.high - interval.low
-        if not width > precision or drawn == len(order):
+        if width <= precision or drawn == len(order):
             break
     rows = [prompts.rows[i] for i in sorted(order[:drawn])]
     source = prompts.source if drawn == len(order) else f"{drawn} of {prompts.source}"
-    reached = {"asked": precision, "reached": float(width), "prompts": drawn, "tokens": sum(map(len, rows))}
+    reached = {
+        "asked": precision,
+        "reached": float(width) if np.isfinite(width) else None,
+        "prompts": drawn,
+        "tokens": sum(map(len, rows)),
+    }
     return Prompts(rows, source, prompts.bos, prompts.sampled), reached
 
 

@@ -46,12 +46,12 @@ class SublayerEffects:
 
         parts: dict[str, list[np.ndarray]] = {}
         with torch.no_grad():
-            runs = [self._run(number) for number, ids in enumerate(self.clean.ids) if len(ids)]
-            for run in runs:
+            for run in map(self._run, [number for number, ids in enumerate(self.clean.ids) if len(ids)]):
+                if not parts:
+                    largest = np.array([run.largest_row()])
                 for name, values in run.effects().items():
                     parts.setdefault(name, []).append(values)
                 give_back()
-            largest = np.array([runs[0].largest_row()])
         return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {"largest_row": largest}, {}
 
     def _keeper(self, kind: str) -> Any:
@@ -66,7 +66,7 @@ class SublayerEffects:
         import torch
 
         ids, chosen = self.clean.ids[number], self.chosen[number]
-        outputs = torch.stack([torch.stack(self.kept[number][kind]) for kind in KINDS])
+        outputs = torch.stack([torch.stack(self.kept[number].pop(kind)) for kind in KINDS])
         return _Run(self.model, self.layout, ids, chosen, self.clean.streams[number][-1], outputs)
 
 

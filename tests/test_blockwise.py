@@ -132,7 +132,7 @@ def test_a_record_says_what_it_cost(tmp_path: Path) -> None:
     said = streamgauge.measure(models.save(models.gpt2(3), tmp_path)).metadata
     assert 0 < sum(said["seconds_by_part"].values()) <= said["seconds"] + 0.1
     assert {"loading", "prompts", "weights", "horizon"} <= set(said["seconds_by_part"])
-    assert said["peak_private_bytes"] > 10**7 and said["read_bytes"] >= 0
+    assert said["peak_private_bytes"] > 10**7 and (said["read_bytes"] is None or said["read_bytes"] >= 0)
 
 
 @pytest.mark.parametrize(("precision", "fewer"), [(0.5, True), (1e-9, False)])

@@ -386,7 +386,7 @@ def test_a_law_on_files_holds_on_the_same_model_unspoilt(law: str, audit: Auditi
     assert _audit_with_stored(audit, tmp_path, law, lambda record: None)["outcome"] == "pass"
 
 
-def test_additivity_finds_arithmetic_in_bf16() -> None:
+def test_additivity_finds_a_stream_that_is_rounded_to_bf16() -> None:
     from streamgauge.forward import PromptRun, walk
     from streamgauge.model import probe_layout
     from streamgauge.stream import StreamMeter

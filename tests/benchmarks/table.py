@@ -8,6 +8,7 @@ of runs that were neighbours. Checkpoints of random weights are written where no
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -285,17 +286,20 @@ def warm(folder: str) -> dict[str, float]:
         run = ["-q", "--store", str(Path(scratch) / "store"), "--model", "pystdlib-3m", "invariants"]
         bare = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", scratch, str(empty)]
         _pytest(run)
-        pairs = [(_pytest(bare), _pytest(run)) for _ in range(5)]
-        collect = _pytest(["-q", "--collect-only", "--store", str(Path(scratch) / "store"), "invariants"])
+        pairs = [(_pytest(bare)[0], _pytest(run)[0]) for _ in range(5)]
+        _, said = _pytest(["-q", "--collect-only", "--store", str(Path(scratch) / "store"), "invariants"])
+        collected = re.search(r"collected.* in ([\d.]+)s", said)
+        assert collected, said
         plain = statistics.median(one for one, _ in pairs)
-        return {"empty": plain, "warm": statistics.median(w for _, w in pairs), "collect": collect,
+        return {"empty": plain, "warm": statistics.median(w for _, w in pairs), "collection": float(collected[1]),
                 "ratio": statistics.median(w / one for one, w in pairs)}  # fmt: skip
 
 
-def _pytest(arguments: list[str]) -> float:
+def _pytest(arguments: list[str]) -> tuple[float, str]:
+    """Seconds, interpreter start included, and what was printed."""
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, check=False)
-    return time.monotonic() - started
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, check=False)
+    return time.monotonic() - started, done.stdout
 
 
 def table(medium: str, xl: str, runs: int) -> Iterator[str]:
