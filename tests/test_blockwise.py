@@ -16,6 +16,7 @@ import streamgauge
 from streamgauge.blockwise import Blockwise
 from streamgauge.checkpoint import open_checkpoint
 from streamgauge.errors import CheckpointError, UnknownModelError
+from streamgauge.horizon import some_rows
 from streamgauge.model import load_model, probe_layout
 from streamgauge.prompts import Prompts
 from streamgauge.sampling import enough_prompts
@@ -73,6 +74,61 @@ def test_a_file_of_two_dtypes_loses_nothing(narrow: torch.dtype, tmp_path: Path)
     save_file(mixed, whole / "model.safetensors", {"format": "pt"})
     for name, stored in load_model(open_checkpoint(whole), "cpu")[0].stored.items():
         assert torch.equal(stored.float(), mixed[name].float()), name
+
+
+def test_a_buffer_of_old_versions_does_not_widen_the_weights(tmp_path: Path) -> None:
+    folder = models.save(models.random_model("llama").half(), tmp_path)
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    mapped, unread = load_model(open_checkpoint(folder), "cpu")
+    assert {t.dtype for t in mapped.stored.values()} == {torch.float16} and not unread
+
+
+def test_an_unread_bias_is_not_taken_for_a_buffer(tmp_path: Path) -> None:
+    folder = models.save(models.random_model("llama"), tmp_path)
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.c_attn.bias": torch.ones(4)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(open_checkpoint(folder), "cpu")[1] == ["model.layers.0.self_attn.c_attn.bias"]
+
+
+def test_changes_are_undone_when_something_fails() -> None:
+    model = models.blockwise(models.random_model("gpt2"))
+    with model.held(1) as block:
+        before = block.mlp.W_in.clone()
+        with pytest.raises(ZeroDivisionError), model.mapped.changes(block.original_component) as use:
+            use(lambda name, values, rows: 2 * values)
+            assert torch.equal(block.mlp.W_in, 2 * before)
+            raise ZeroDivisionError
+        assert torch.equal(block.mlp.W_in, before)
+
+
+def test_a_hold_that_fails_is_no_hold() -> None:
+    model = models.blockwise(models.random_model("gpt2"))
+
+    def fail(block: Any) -> None:
+        model.mapped.after_taking.remove(fail)
+        raise MemoryError
+
+    model.mapped.after_taking.append(fail)
+    with pytest.raises(MemoryError), model.held(1):
+        pass
+    with model.held(1) as block:
+        assert torch.isfinite(block.mlp.W_in).all()
+
+
+def test_horizons_keep_no_more_than_some_tokens() -> None:
+    rows = [[1] * 1000] * 30
+    assert len(some_rows(Prompts(rows, "test", None))) == 4
+    assert len(some_rows(Prompts([[1] * 9000] * 3, "test", None))) == 1
+    assert len(some_rows(Prompts([[1] * 30] * 30, "test", None))) == 16
+
+
+def test_masks_of_equal_batches_are_one() -> None:
+    model = models.blockwise(models.random_model("llama"))
+    masks = [
+        [x for x in model.enter(IDS).calls[0][1].values() if isinstance(x, torch.Tensor) and x.dim() == 4] for _ in range(2)
+    ]
+    assert masks[0] and all(one is other for one, other in zip(*masks, strict=True))
 
 
 def test_what_the_configuration_says_of_dtypes_truncates_nothing(tmp_path: Path) -> None:
