@@ -62,7 +62,7 @@ def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) 
     files: dict[str, np.memmap[Any, Any]] = {}
     seen: dict[str, torch.Tensor] = {}
     hooks = [(name, lambda x, hook, name=name: seen.update({name: x.detach().cpu()})) for name in paths]
-    with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), model.hooked(hooks):
         for batch in rows.batches(BATCH_TOKENS):
             model.bridge(torch.tensor([rows.rows[i] for i in batch], device=model.device), return_type=None, use_cache=False)
             silent = [name for name in paths if name not in seen or len(seen[name]) != len(batch)]

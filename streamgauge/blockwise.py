@@ -44,7 +44,7 @@ class Blockwise:
     def __init__(self, mapped: Mapped) -> None:
         from accelerate import init_empty_weights
 
-        from streamgauge.model import build_bridge, no_bridge
+        from streamgauge.model import bridging, build_bridge
 
         self.mapped, self.device = mapped, mapped.device
         self.vocabulary = int(mapped.model.get_input_embeddings().num_embeddings)
@@ -52,17 +52,13 @@ class Blockwise:
             self.bridge = build_bridge(mapped.model, self.device)
         self._seen: dict[Any, torch.Tensor] = {}  # the last tensor of each shape that blocks were called with
         self._beside: tuple[Any, ...] | None = None  # what blocks return beside the stream, None where they return it bare
-        try:
+        with bridging(mapped.model):
             self.blocks = list(self.bridge.blocks)
             self.n_layers = len(self.blocks)
             self._derived = {block.original_component: list(_splitting(block)) for block in self.blocks}
             mapped.after_taking.append(self._split)
             mapped.after_leaving.append(self._forget)
             self._learn_to_pass_on()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise no_bridge(mapped.model, error) from error
 
     @contextlib.contextmanager
     def held(self, layer: int) -> Iterator[Any]:

@@ -1,7 +1,8 @@
 """Open a checkpoint in TransformerLens's raw bridge, and find out what its norms do. Imports torch inside functions."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,15 +151,21 @@ def build_bridge(model: Any, device: Any = "cpu") -> Any:
     """The raw bridge around a loaded model, which it changes in place; no tokenizer, no weight processing."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    try:
+    with bridging(model):
         return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, device=device)
+
+
+@contextlib.contextmanager
+def bridging(model: Any) -> Iterator[None]:
+    """Raises CheckpointError in place of whatever TransformerLens raises where it cannot run a model."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise no_bridge(model, error) from error
-
-
-def no_bridge(model: Any, error: Exception) -> CheckpointError:
-    """What is raised where TransformerLens cannot run a model."""
-    return CheckpointError(f"TransformerLens's bridge cannot run this {type(model).__name__} ({_first_line(error)}).")
+        raise CheckpointError(
+            f"TransformerLens's bridge cannot run this {type(model).__name__} ({_first_line(error)})."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -203,12 +210,8 @@ class Layout:
 
 def probe_layout(model: "Blockwise") -> Layout:
     """Find out by trying: norms are run on known vectors, and a block on two tokens. Raises CheckpointError."""
-    try:
+    with bridging(model.mapped.model):
         return _probe_layout(model)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise no_bridge(model.mapped.model, error) from error
 
 
 def _probe_layout(model: "Blockwise") -> Layout:

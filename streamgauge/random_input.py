@@ -86,7 +86,7 @@ def _measure_mlp(
     def answer(x: "torch.Tensor") -> "torch.Tensor":
         return layout.centre(run_mlp(block, layout, x))
 
-    with model.bridge.hooks(fwd_hooks=hooks if layout.has_neurons else []):
+    with model.hooked(hooks if layout.has_neurons else ()):
         yield from _respond("mlp", _gaussian(layout, layer, model.device, for_mlp=True), answer, rates)
         if early:
             yield from _respond("resampled", _resampled(block, layout, early), answer, rates)

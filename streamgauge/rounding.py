@@ -107,19 +107,12 @@ class _Noise:
         import torch
 
         start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
+        if rows is not None:
+            width = values.shape[-1]
+            return values * self.twice.unfold(0, width, 1)[(start + rows.cpu() * width) % PERIOD].to(values.device)
         noisy = torch.empty(values.shape, device=values.device)
-        if rows is None:
-            self._multiply(values.reshape(-1), noisy.view(-1), start)
-        else:
-            places = ((start + rows.cpu() * values.shape[-1]) % PERIOD).tolist()
-            for row, place in enumerate(places):
-                self._multiply(values[row], noisy[row], place)
-        return noisy
-
-    def _multiply(self, values: "torch.Tensor", noisy: "torch.Tensor", start: int) -> None:
-        """Write one row of values with noise, PERIOD at a time: the noise of all of them would be as large as they are."""
-        import torch
-
-        factors = self.twice[start : start + min(PERIOD, len(values))].to(values.device)
-        for some, own in zip(values.split(PERIOD), noisy.split(PERIOD), strict=True):
+        factors = self.twice[start : start + min(PERIOD, values.numel())].to(values.device)
+        # PERIOD at a time: the noise of all of them would be as large as they are.
+        for some, own in zip(values.reshape(-1).split(PERIOD), noisy.view(-1).split(PERIOD), strict=True):
             torch.mul(some, factors[: len(some)], out=own)
+        return noisy

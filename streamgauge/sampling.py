@@ -26,6 +26,7 @@ def enough_prompts(
     then says, somewhat fewer than 95% hold.
     """
     order = np.random.default_rng(0).permutation(len(prompts.rows))
+    order = order[np.argsort([len(prompts.rows[i]) < 2 for i in order], kind="stable")]  # single tokens say nothing: last
     window = default_window(layout.n_layers)
     if not layout.pre_norm or window[1] <= window[0] or max(map(len, prompts.rows)) < 2:
         return prompts, {"asked": precision, "reached": None, "prompts": len(order), "tokens": sum(map(len, prompts.rows))}
@@ -40,8 +41,7 @@ def enough_prompts(
         rates.append(found)
         numbers.append(prompt + drawn)
         drawn += len(new)
-        interval = bootstrap_rate(np.concatenate(rates), np.concatenate(numbers))
-        width = interval.high - interval.low
+        width = _width(np.concatenate(rates), np.concatenate(numbers))
         if width <= precision or drawn == len(order):
             break
     rows = [prompts.rows[i] for i in sorted(order[:drawn])]
@@ -53,6 +53,14 @@ def enough_prompts(
         "tokens": sum(map(len, rows)),
     }
     return Prompts(rows, source, prompts.bos, prompts.sampled), reached
+
+
+def _width(rates: np.ndarray, numbers: np.ndarray) -> float:
+    """Width of the interval, infinite where it rests on a single prompt: its resamples are all the same."""
+    if len(np.unique(numbers)) < 2:
+        return float("inf")
+    interval = bootstrap_rate(rates, numbers)
+    return interval.high - interval.low
 
 
 def _growth(

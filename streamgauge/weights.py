@@ -94,12 +94,12 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     values = (own["W_V"] + carried["W_V"]).repeat_interleave(n_heads // len(raw["W_V"]), dim=0)
     b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
-    raw_V, raw_O = _gram(raw["W_V"].mT), _gram(raw["W_O"])
+    raw_V, raw_O = gram(raw["W_V"].mT), gram(raw["W_O"])
     readings["W_OV_raw_frobenius"] = product_frobenius(expand_heads(raw_V, n_heads), raw_O)
     folded = {name: raw[name].mul_(gain[:, None]).mT for name in ("W_Q", "W_K", "W_V")}
-    grams = {name: _gram(rows) - _means(rows, layout.centres) for name, rows in folded.items()}
+    grams = {name: gram(rows) - _means(rows, layout.centres) for name, rows in folded.items()}
     grams["W_O"] = layout.multiplier**2 * (raw_O - _means(raw["W_O"], layout.centres))
-    readings |= {name: np.sqrt(np.maximum(np.trace(gram, axis1=-2, axis2=-1), 0)) for name, gram in grams.items()}
+    readings |= {name: np.sqrt(np.maximum(np.trace(found, axis1=-2, axis2=-1), 0)) for name, found in grams.items()}
     products = {"W_OV": (expand_heads(grams["W_V"], n_heads), grams["W_O"])}
     if not has_qk_norm(attn):
         products["W_QK"] = (grams["W_Q"], expand_heads(grams["W_K"], n_heads))
@@ -107,14 +107,14 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     return readings | {f"{name}_spectral": product_spectral(*pair) for name, pair in products.items()}
 
 
-def _gram(rows: "torch.Tensor") -> np.ndarray:
+def gram(rows: "torch.Tensor") -> np.ndarray:
     """Inner products (…, n, n) of rows (…, n, d_model)."""
     return np.asarray((rows @ rows.mT).cpu().numpy())
 
 
 def _means(rows: "torch.Tensor", centres: bool) -> "np.ndarray | float":
     """What those products lose when each row loses its mean, as it does where the convention centres."""
-    return rows.shape[-1] * _gram(rows.mean(-1, keepdim=True)) if centres else 0.0
+    return rows.shape[-1] * gram(rows.mean(-1, keepdim=True)) if centres else 0.0
 
 
 def has_qk_norm(attn: Any) -> bool:

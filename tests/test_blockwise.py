@@ -112,6 +112,7 @@ def test_a_hold_that_fails_is_no_hold() -> None:
     model.mapped.after_taking.append(fail)
     with pytest.raises(MemoryError), model.held(1):
         pass
+    assert not _in_memory(model)
     with model.held(1) as block:
         assert torch.isfinite(block.mlp.W_in).all()
 
@@ -202,6 +203,16 @@ def test_sampling_stops_when_the_growth_rate_is_known(precision: float, fewer: b
     assert (len(kept.rows) == 8) == fewer and reached["prompts"] == len(kept.rows)
     assert (reached["reached"] <= precision) == fewer and reached["tokens"] == 13 * len(kept.rows)
     assert all(row in rows.rows for row in kept.rows)
+
+
+@pytest.mark.parametrize(("texts", "kept"), [(1, 31), (12, 8)])
+def test_an_interval_takes_several_prompts_of_several_tokens(texts: int, kept: int) -> None:
+    model = models.blockwise(models.planted_gpt2(1.05))
+    rng = np.random.default_rng(0)
+    rows = [[1]] * 30 + [[1, *rng.integers(4, 90, 12).tolist()] for _ in range(texts)]
+    drawn, reached = enough_prompts(model, probe_layout(model), Prompts(rows, "rows", 1), 0.5, show=False)
+    assert len(drawn.rows) == kept and (reached["reached"] is None) == (texts == 1)
+    assert sum(len(row) > 1 for row in drawn.rows) == min(texts, 8)
 
 
 def test_precision_on_the_command_line(audit: Callable[..., Any], tmp_path: Path) -> None:

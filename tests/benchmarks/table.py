@@ -163,6 +163,7 @@ def heads(folder: str) -> dict[str, float]:
 
     from streamgauge.convention import product_frobenius, product_spectral
     from streamgauge.memory import reused
+    from streamgauge.weights import gram
 
     torch.manual_seed(0)
     n, d_model, d_head = 25, 1600, 64
@@ -172,8 +173,7 @@ def heads(folder: str) -> dict[str, float]:
     expected = {"frobenius": exact.square().sum(-1).sqrt().numpy(), "spectral": exact[:, 0].numpy()}
 
     def ours() -> tuple[Any, Any]:
-        one, other = V.double(), O.double()
-        grams = (one.mT @ one).numpy(), (other @ other.mT).numpy()
+        grams = gram(V.double().mT), gram(O.double())
         return product_frobenius(*grams), product_spectral(*grams)
 
     def theirs() -> tuple[Any, Any]:
