@@ -117,6 +117,15 @@ class Blockwise:
         stream: torch.Tensor = batch.stream
         return stream
 
+    def linear_maps(self, layer: int) -> list[Any]:
+        """A held block's plain linear maps, but for those in lists, such as experts, of which a batch calls some."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        block = self.blocks[layer]
+        listed = {part for module in block.modules() if isinstance(module, nn.ModuleList) for part in module.modules()}
+        return [module for module in block.modules() if type(module) in (nn.Linear, Conv1D) and module not in listed]
+
     def logits(self, ids: "torch.Tensor", stream: "torch.Tensor", hooks: Hooks = ()) -> "torch.Tensor":
         """What the model's own last norm and unembedding make of a stream. Of ids, (rows, positions), the shape matters."""
         with self._passing_on(lambda layer, *_: stream), self.hooked(hooks):

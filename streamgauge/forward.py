@@ -1,7 +1,8 @@
 """One walk over the blocks, during which every group of measurements does with a block whatever it needs it for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,11 +12,13 @@ from streamgauge.blockwise import Blockwise, Hooks, by_layer
 from streamgauge.memory import give_back
 from streamgauge.progress import track
 from streamgauge.prompts import Prompts
+from streamgauge.together import run_together
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 1024
+TOGETHER = 1024  # tokens of neighbouring batches whose products are shared; with more, products are hardly faster
 
 Readings = dict[tuple[str, int], list[np.ndarray]]
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays without its prefix, and why others are absent
@@ -55,7 +58,7 @@ class Meter(Protocol):
     """What a PromptRun reads with: hooks that reduce activations as they come."""
 
     def hooks(self) -> Hooks:
-        """Hook names and functions, as bridge.hooks takes them."""
+        """Hook names and functions, as bridge.hooks takes them, anew for each batch: batches take turns within a block."""
 
 
 class PromptRun:
@@ -63,22 +66,45 @@ class PromptRun:
 
     def __init__(self, model: Blockwise, prompts: Prompts, meters: Sequence[Meter]) -> None:
         self.model, self.prompts = model, prompts
-        self.hooks = by_layer([hook for meter in meters for hook in meter.hooks()], model.n_layers)
         self.members = list(prompts.batches(BATCH_TOKENS))
         self.batches = [model.enter([prompts.rows[i] for i in members]) for members in self.members]
+        self.hooks = [by_layer([hook for meter in meters for hook in meter.hooks()], model.n_layers) for _ in self.batches]
         self.at = 0  # the number of the batch that is in the block
 
     def visit(self, layer: int) -> None:
-        """Take every batch through a block."""
-        with self.model.hooked(self.hooks[layer]):
-            for number, batch in enumerate(self.batches):
-                self.at = number
-                self.model.step(batch, layer)
+        """Take every batch through a block, those together that have TOGETHER tokens at most."""
+        with self.model.hooked(self._dispatched(layer)):
+            maps = self.model.linear_maps(layer)
+            for numbers in self.groups():
+                tasks = [partial(self.model.step, self.batches[number], layer) for number in numbers]
+                run_together(tasks, maps, partial(self._turn_to, numbers))
+
+    def _dispatched(self, layer: int) -> Hooks:
+        """Hooks that hand what they are given to those of the batch that it belongs to."""
+
+        def dispatch(place: int) -> Any:
+            return lambda x, hook: self.hooks[self.at][layer][place][1](x, hook)
+
+        return [(name, dispatch(place)) for place, (name, _) in enumerate(self.hooks[0][layer])]
+
+    def groups(self) -> Iterator[range]:
+        """Numbers of neighbouring batches that are in a block at once."""
+        first = tokens = 0
+        for number, batch in enumerate(self.batches):
+            if first < number and tokens + batch.ids.numel() > TOGETHER:
+                yield range(first, number)
+                first, tokens = number, 0
+            tokens += batch.ids.numel()
+        yield range(first, len(self.batches))
+
+    def _turn_to(self, numbers: range, place: int) -> None:
+        self.at = numbers[place]
 
     def read_along(self, hooks: Hooks) -> None:
         """Let others read too, who look at `at` for the batch."""
-        for own, more in zip(self.hooks, by_layer(hooks, self.model.n_layers), strict=True):
-            own.extend(more)
+        for batch in self.hooks:
+            for own, more in zip(batch, by_layer(hooks, self.model.n_layers), strict=True):
+                own.extend(more)
 
     def found(self) -> Found:
         """Nothing: the meters have it."""

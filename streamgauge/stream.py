@@ -35,7 +35,6 @@ class StreamMeter:
 
     def __init__(self, layout: Layout, prompts: Prompts) -> None:
         self.layout, self.prompts = layout, prompts
-        self.block: dict[str, torch.Tensor] = {}
         self.readings: Readings = {}
 
     def visit(self, layer: int) -> None:
@@ -62,19 +61,20 @@ class StreamMeter:
             names += ["hook_attn_out", "hook_mlp_out"] + ([] if self.layout.parallel else ["hook_resid_mid"])
         if self.layout.has_ln1:
             names += ["ln1.hook_out"]
-        return [(f"blocks.{n}.{name}", self._hook(n, name)) for n in range(self.layout.n_layers) for name in names]
+        block: dict[str, torch.Tensor] = {}
+        return [(f"blocks.{n}.{name}", self._hook(block, n, name)) for n in range(self.layout.n_layers) for name in names]
 
-    def _hook(self, layer: int, name: str) -> Any:
+    def _hook(self, block: "dict[str, torch.Tensor]", layer: int, name: str) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
-            self.block[name.removeprefix("hook_")] = x
+            block[name.removeprefix("hook_")] = x
             if name == "hook_resid_post":
-                self._read(layer)
-                self.block.clear()
+                self._read(layer, block)
+                block.clear()
 
         return keep
 
-    def _read(self, layer: int) -> None:
-        flat = {name: x.reshape(-1, x.shape[-1]) for name, x in self.block.items()}
+    def _read(self, layer: int, block: "dict[str, torch.Tensor]") -> None:
+        flat = {name: x.reshape(-1, x.shape[-1]) for name, x in block.items()}
         for start in range(0, len(flat["resid_pre"]), ROWS):
             self._read_rows(layer, {name: x[start : start + ROWS] for name, x in flat.items()})
 

@@ -30,7 +30,6 @@ class OutputsMeter:
 
     def __init__(self, layout: Layout, prompts: Prompts) -> None:
         self.layout, self.prompts = layout, prompts
-        self.block: dict[str, torch.Tensor] = {}
         self.first_mlp: list[torch.Tensor] = []  # by batch
         self.readings: Readings = {}
 
@@ -39,8 +38,9 @@ class OutputsMeter:
         if not self.layout.pre_norm:
             return []
         layers, names = range(self.layout.n_layers), ("resid_pre", "attn_out", "mlp_out")
-        hooks = [(f"blocks.{n}.hook_{name}", self._keep(name)) for n in layers for name in names]
-        return hooks + [(f"blocks.{n}.hook_resid_post", self._read(n)) for n in layers]
+        block: dict[str, torch.Tensor] = {}
+        hooks = [(f"blocks.{n}.hook_{name}", self._keep(block, name)) for n in layers for name in names]
+        return hooks + [(f"blocks.{n}.hook_resid_post", self._read(block, n)) for n in layers]
 
     def visit(self, layer: int) -> None:
         """Nothing: hooks read."""
@@ -60,26 +60,26 @@ class OutputsMeter:
             reasons |= dict.fromkeys(["attn_scale_error", "mlp_scale_error", "largest_shift"], why)
         return reasons
 
-    def _keep(self, name: str) -> Any:
+    def _keep(self, block: "dict[str, torch.Tensor]", name: str) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
-            self.block[name] = x
+            block[name] = x
 
         return keep
 
-    def _read(self, layer: int) -> Any:
+    def _read(self, block: "dict[str, torch.Tensor]", layer: int) -> Any:
         import torch
 
         def read(x: "torch.Tensor", hook: Any) -> None:
             number = len(self.readings.get(("raw_norm", layer), []))  # of the batch
-            note(self.readings, "raw_norm", layer, sum(torch.linalg.vector_norm(part, dim=-1) for part in self.block.values()))
+            note(self.readings, "raw_norm", layer, sum(torch.linalg.vector_norm(part, dim=-1) for part in block.values()))
             if layer == 0:
-                self.first_mlp.append(self.layout.centre(self.block["mlp_out"]).clone())
-            product = self.layout.centre(self.block["resid_pre"]) * self.first_mlp[number]
+                self.first_mlp.append(self.layout.centre(block["mlp_out"]).clone())
+            product = self.layout.centre(block["resid_pre"]) * self.first_mlp[number]
             note(self.readings, "pre_dot_mlp_0", layer, product.sum(-1))
             if self.layout.parallel:
-                attn, mlp = (self.layout.centre(self.block[name]) for name in ("attn_out", "mlp_out"))
+                attn, mlp = (self.layout.centre(block[name]) for name in ("attn_out", "mlp_out"))
                 note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))
-            self.block.clear()
+            block.clear()
 
         return read
 

@@ -305,12 +305,9 @@ def _pytest(arguments: list[str]) -> tuple[float, str]:
 def table(medium: str, xl: str, runs: int) -> Iterator[str]:
     """The lines of the table."""
     yield f"{runs} runs; median (least to most)"
-    sampled = cost_of(audit, medium).said
-    samples = [str(sampled["random_input/attn_samples"]),
-               str(sampled["random_input/mlp_samples"] + sampled["random_input/resampled_samples"])]  # fmt: skip
-    pairs = [(cost_of(audit, medium), cost_of(bare_minimum, medium, *samples)) for _ in range(runs)]
+    pairs = [_beside_bare_minimum(medium) for _ in range(runs)]
     yield from _compare("(a) gpt2-medium, cold audit, against the bare minimum", pairs, "at most 1.25")
-    pairs = [(cost_of(audit, xl), cost_of(bare_minimum, xl, *samples)) for _ in range(runs)]
+    pairs = [_beside_bare_minimum(xl) for _ in range(runs)]
     yield from _compare("(a) gpt2-xl's size, likewise", pairs, "at most 1.25")
     pairs = [(cost_of(transformer_lens, medium), cost_of(norms, medium)) for _ in range(runs)]
     yield from _compare("(b) gpt2-medium, TransformerLens's way, against ours", pairs, "at least 3 in time, 6 in memory")
@@ -329,6 +326,12 @@ def table(medium: str, xl: str, runs: int) -> Iterator[str]:
         found = [cost_of(way, folder).said for _ in range(1 if "one run" in title else runs)]
         yield title
         yield from (f"    {name}: {_median([one[name] for one in found])}" for name in found[0])
+
+
+def _beside_bare_minimum(folder: str) -> tuple[Cost, Cost]:
+    ours = cost_of(audit, folder)
+    attn, mlp, resampled = (ours.said[f"random_input/{kind}_samples"] for kind in ("attn", "mlp", "resampled"))
+    return ours, cost_of(bare_minimum, folder, str(attn), str(mlp + resampled))
 
 
 def _compare(title: str, pairs: list[tuple[Cost, Cost]], bar: str) -> Iterator[str]:

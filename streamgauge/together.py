@@ -1,0 +1,67 @@
+"""Let several computations that call the same linear maps run side by side, each map applied once to the vectors of all."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent, greenlet
+
+from streamgauge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+OTHER_WAYS = "its blocks compute other things for one prompt than for another, which cannot be followed."
+
+
+def run_together(tasks: Sequence[Callable[[], Any]], maps: Sequence[Any], tell: Callable[[int], None]) -> None:
+    """Run tasks in turns, each up to its next call of a map, whose matrix then multiplies the vectors of all of them.
+
+    One product with a large matrix takes less time than many small ones, while norms and activation functions are faster on
+    few vectors, which stay in the cache: so products are shared, and nothing else is.
+
+    tasks: functions that call the same maps in the same order. maps: modules that act on every vector by itself. tell: is
+    called with a task's number before the task goes on. Raises CheckpointError for tasks that call other maps than the first.
+    """
+    runs = [greenlet(task) for task in tasks]
+
+    def go_on(number: int, *given: Any) -> Any:
+        tell(number)
+        return runs[number].switch(*given)
+
+    try:
+        with _asking(maps):
+            calls = [go_on(number) for number in range(len(runs))]
+            while any(runs):
+                if not all(runs) or any(multiply is not calls[0][0] for multiply, _ in calls):
+                    raise CheckpointError(f"This model cannot be measured: {OTHER_WAYS}")
+                answers = _answers(calls[0][0], [vectors for _, vectors in calls])
+                calls = [go_on(number, answer) for number, answer in enumerate(answers)]
+    finally:
+        for run in filter(None, runs):  # those that wait still, after an error
+            run.throw()
+
+
+@contextlib.contextmanager
+def _asking(maps: Sequence[Any]) -> Iterator[None]:
+    """Let maps ask whoever runs the tasks for their product, and wait for it."""
+    hub = getcurrent()
+
+    def asking(multiply: Any) -> Any:
+        return lambda vectors: hub.switch((multiply, vectors))
+
+    try:
+        for module in maps:
+            module.__dict__["forward"] = asking(module.forward)
+        yield
+    finally:
+        for module in maps:
+            del module.__dict__["forward"]
+
+
+def _answers(multiply: Any, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]":
+    import torch
+
+    flat = [vectors.reshape(-1, vectors.shape[-1]) for vectors in inputs]
+    parts = multiply(torch.cat(flat)).split([len(rows) for rows in flat])
+    return [part.view(*vectors.shape[:-1], -1) for part, vectors in zip(parts, inputs, strict=True)]
