@@ -1,17 +1,20 @@
 """Run a model one block at a time, in TransformerLens's raw bridge."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from streamgauge.errors import CheckpointError
 from streamgauge.mapped import Mapped, stand_in
+from streamgauge.together import run_together
 
 if TYPE_CHECKING:
     import torch
 
 LOGITS = 2**24  # held at once, several times over
+TOGETHER = 1024  # tokens whose matrix products are shared; with more, products are hardly faster
 
 Hooks = Sequence[tuple[str, Any]]  # as bridge.hooks takes them
 
@@ -117,6 +120,17 @@ class Blockwise:
         stream: torch.Tensor = batch.stream
         return stream
 
+    def step_together(
+        self, batches: Sequence[Batch], layer: int, turn_to: Callable[[int], None] = lambda number: None
+    ) -> "list[torch.Tensor]":
+        """Take several batches, best as many as `grouped` says, through one held block, where they share matrix products.
+
+        turn_to: is called with a batch's number before its turn comes; batches take turns within the block. Returns the streams
+        behind it. Raises CheckpointError for a block that does other things to one batch than to another.
+        """
+        run_together([partial(self.step, batch, layer) for batch in batches], self.linear_maps(layer), turn_to)
+        return [batch.stream for batch in batches]
+
     def linear_maps(self, layer: int) -> list[Any]:
         """A held block's plain linear maps, but for those in lists, such as experts, of which a batch calls some."""
         from torch import nn
@@ -205,6 +219,18 @@ def _splitting(block: Any) -> Iterator[Any]:
     for component in block.modules():
         if isinstance(component, (JointQKVAttentionBridge, JointGateUpMLPBridge)):
             yield component
+
+
+def grouped(tokens: Sequence[int]) -> Iterator[range]:
+    """Numbers of neighbouring batches, of so many tokens each, that have TOGETHER at most or are a single one."""
+    first = total = 0
+    for number, more in enumerate(tokens):
+        if first < number and total + more > TOGETHER:
+            yield range(first, number)
+            first, total = number, 0
+        total += more
+    if tokens:
+        yield range(first, len(tokens))
 
 
 def by_layer(hooks: Hooks, n_layers: int) -> list[list[tuple[str, Any]]]:

@@ -1,6 +1,6 @@
 """One walk over the blocks, during which every group of measurements does with a block whatever it needs it for."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from streamgauge.accounts import Accounts
-from streamgauge.blockwise import Blockwise, Hooks, by_layer
+from streamgauge.blockwise import Blockwise, Hooks, by_layer, grouped
 from streamgauge.memory import give_back
 from streamgauge.progress import track
 from streamgauge.prompts import Prompts
-from streamgauge.together import run_together
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = 1024
-TOGETHER = 1024  # tokens of neighbouring batches whose products are shared; with more, products are hardly faster
 
 Readings = dict[tuple[str, int], list[np.ndarray]]
 Found = tuple[dict[str, np.ndarray], dict[str, str]]  # a group's arrays without its prefix, and why others are absent
@@ -74,10 +72,8 @@ class PromptRun:
     def visit(self, layer: int) -> None:
         """Take every batch through a block, those together that have TOGETHER tokens at most."""
         with self.model.hooked(self._dispatched(layer)):
-            maps = self.model.linear_maps(layer)
-            for numbers in self.groups():
-                tasks = [partial(self.model.step, self.batches[number], layer) for number in numbers]
-                run_together(tasks, maps, partial(self._turn_to, numbers))
+            for numbers in grouped([batch.ids.numel() for batch in self.batches]):
+                self.model.step_together([self.batches[n] for n in numbers], layer, partial(self._turn_to, numbers))
 
     def _dispatched(self, layer: int) -> Hooks:
         """Hooks that hand what they are given to those of the batch that it belongs to."""
@@ -86,16 +82,6 @@ class PromptRun:
             return lambda x, hook: self.hooks[self.at][layer][place][1](x, hook)
 
         return [(name, dispatch(place)) for place, (name, _) in enumerate(self.hooks[0][layer])]
-
-    def groups(self) -> Iterator[range]:
-        """Numbers of neighbouring batches that are in a block at once."""
-        first = tokens = 0
-        for number, batch in enumerate(self.batches):
-            if first < number and tokens + batch.ids.numel() > TOGETHER:
-                yield range(first, number)
-                first, tokens = number, 0
-            tokens += batch.ids.numel()
-        yield range(first, len(self.batches))
 
     def _turn_to(self, numbers: range, place: int) -> None:
         self.at = numbers[place]

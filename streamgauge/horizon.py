@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamgauge.blockwise import Batch, Blockwise
+from streamgauge.blockwise import Batch, Blockwise, grouped
 from streamgauge.forward import Found, PromptRun, walk
 from streamgauge.prompts import Prompts
 
@@ -118,8 +118,9 @@ def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") 
 
     losses = []
     for part in model.in_parts(ids):
-        logits = model.logits(ids[part], stream[part])
-        losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[part][:, 1:], reduction="none"))
+        logits, right = model.logits(ids[part], stream[part])[:, :-1], ids[part][:, 1:]
+        found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="none")
+        losses.append(found.view(right.shape))
     return np.asarray(torch.cat(losses).double().cpu().numpy())
 
 
@@ -176,17 +177,19 @@ class Horizons:
         self.lanes = self._lanes(*self.parts[0])
 
     def visit(self, layer: int) -> None:
-        """Take all that are cut here or below through a block, in one call a batch."""
+        """Take all that are cut here or below through a block, a batch's in one call."""
         import torch
 
-        for number, lanes in self.lanes.items():
-            cut = [lane for lane in lanes if lane.runs and lane.first <= layer]
-            if not cut:
-                continue
-            together = self._batch(number, self.clean.ids[number], len(cut))
-            together.stream = torch.cat([lane.enter(layer) for lane in cut])
-            for lane, x in zip(cut, self.model.step(together, layer).chunk(len(cut)), strict=True):
-                lane.leave(layer, x)
+        cut = {number: [lane for lane in lanes if lane.runs and lane.first <= layer] for number, lanes in self.lanes.items()}
+        entered = [(self._batch(number, self.clean.ids[number], len(lanes)), lanes) for number, lanes in cut.items() if lanes]
+        for members in grouped([batch.ids.numel() for batch, _ in entered]):
+            group = entered[members.start : members.stop]
+            for batch, lanes in group:
+                batch.stream = torch.cat([lane.enter(layer) for lane in lanes])
+            streams = self.model.step_together([batch for batch, _ in group], layer)
+            for (_, lanes), stream in zip(group, streams, strict=True):
+                for lane, x in zip(lanes, stream.chunk(len(lanes)), strict=True):
+                    lane.leave(layer, x)
 
     def found(self) -> Found:
         """Each row's loss by variant, (n_k, rows), and without any cut."""
@@ -229,10 +232,12 @@ class Horizons:
 
     def _read(self, losses: np.ndarray) -> None:
         """Fill in each row's loss at each horizon, (n_k, rows), where something was cut."""
+        import torch
+
         for batch, lanes in self.lanes.items():
-            for number, lane in enumerate(lanes):
-                if lane.first <= self.model.n_layers:
-                    losses[number, self.clean.members[batch]] = self._loss(self.clean.ids[batch], lane.final())
+            cut = [number for number, lane in enumerate(lanes) if lane.first <= self.model.n_layers]
+            found = self._loss(self.clean.ids[batch].repeat(len(cut), 1), torch.cat([lanes[number].final() for number in cut]))
+            losses[np.ix_(cut, self.clean.members[batch])] = found.reshape(len(cut), -1)
 
     def _batch(self, number: int, ids: "torch.Tensor", copies: int) -> Batch:
         """So many copies of a batch, entered once."""

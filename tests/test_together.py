@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from streamgauge.blockwise import grouped
 from streamgauge.errors import CheckpointError
 from streamgauge.forward import PromptRun, walk
 from streamgauge.model import probe_layout
@@ -106,8 +107,8 @@ def test_batches_that_share_products_are_read_as_if_alone(monkeypatch: pytest.Mo
         meter = StreamMeter(layout, prompts)
         run = PromptRun(model, prompts, [meter])
         with monkeypatch.context() as patched:
-            patched.setattr("streamgauge.forward.TOGETHER", tokens)
-            groups = [len(group) for group in run.groups()]
+            patched.setattr("streamgauge.blockwise.TOGETHER", tokens)
+            groups = [len(numbers) for numbers in grouped([batch.ids.numel() for batch in run.batches])]
             walk(model, {"prompts": run})
         return meter.found()[0], groups
 

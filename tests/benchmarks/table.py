@@ -239,13 +239,18 @@ def _peak() -> float:
 
 
 def horizon_passes(folder: str) -> dict[str, float]:
-    """The default horizon sweep, clean run and unembeddings included, in forward passes over the same prompts."""
+    """The default horizon sweep, clean run and unembeddings included, in forward passes over the same prompts.
+
+    In plain Hugging Face passes, as in bare_minimum, and in our own, whose batches share their products.
+    """
     import torch
+    import transformers as tf
 
     from streamgauge.blockwise import Blockwise
     from streamgauge.checkpoint import open_checkpoint
-    from streamgauge.forward import PromptRun, walk
+    from streamgauge.forward import BATCH_TOKENS, PromptRun, walk
     from streamgauge.horizon import CleanRuns, Horizons, Variant, some_rows, token_losses
+    from streamgauge.memory import reused
     from streamgauge.model import load_model
     from streamgauge.prompts import Prompts, prompts_for, read_prompts
 
@@ -255,7 +260,13 @@ def horizon_passes(folder: str) -> dict[str, float]:
 
     prompts = Prompts([prompts.rows[row] for row in some_rows(prompts)], "benchmark", None)
 
-    def forward_pass() -> None:
+    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def plain_pass() -> None:
+        for members in prompts.batches(BATCH_TOKENS):
+            plain(torch.tensor([prompts.rows[i] for i in members]), use_cache=False)
+
+    def own_pass() -> None:
         run = PromptRun(model, prompts, [])
         walk(model, {"prompts": run})
         for batch in run.batches:
@@ -268,14 +279,16 @@ def horizon_passes(folder: str) -> dict[str, float]:
         walk(model, {"prompts": run, "clean": clean, "horizon": horizons})
         horizons.found()
 
-    seconds = {}
-    with torch.no_grad():
-        forward_pass()
-        for name, way in (("pass_before", forward_pass), ("sweep", sweep), ("pass_after", forward_pass)):
-            started = time.monotonic()
-            way()
-            seconds[name] = time.monotonic() - started
-    return {"passes": 2 * seconds["sweep"] / (seconds["pass_before"] + seconds["pass_after"])}
+    def seconds(way: Callable[[], None]) -> float:
+        started = time.monotonic()
+        way()
+        return time.monotonic() - started
+
+    with torch.no_grad(), reused():
+        plain_pass()  # warms up
+        plain_before, own_before, swept = seconds(plain_pass), seconds(own_pass), seconds(sweep)
+        own_after, plain_after = seconds(own_pass), seconds(plain_pass)
+    return {"plain passes": 2 * swept / (plain_before + plain_after), "own passes": 2 * swept / (own_before + own_after)}
 
 
 def warm(folder: str) -> dict[str, float]:
