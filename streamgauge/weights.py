@@ -83,10 +83,12 @@ class WeightsGroup:
 def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
     """Norms of one layer's attention: by head, and of its output bias."""
     gain, bias = (_fp64(x, attn.W_Q.device) for x in (layout.gains[layer], layout.biases[layer]))
-    raw = {name: getattr(attn, name).detach().contiguous().double() for name in ("W_Q", "W_K", "W_V", "W_O")}
+    # All four as rows that face the stream, (heads, d_head, d_model), which most files have next to each other.
+    raw = {name: getattr(attn, name).detach().mT for name in ("W_Q", "W_K", "W_V")} | {"W_O": attn.W_O.detach()}
+    raw = {name: rows.contiguous().double() for name, rows in raw.items()}
     n_heads = len(raw["W_O"])
-    own = {name: _bias(attn, f"b_{name[-1]}", raw[name].shape[::2]) for name in ("W_Q", "W_K", "W_V")}
-    carried = {name: bias @ raw[name] for name in own}  # what the norm's bias adds, (heads, d_head)
+    own = {name: _bias(attn, f"b_{name[-1]}", raw[name].shape[:2]) for name in ("W_Q", "W_K", "W_V")}
+    carried = {name: raw[name] @ bias for name in own}  # what the norm's bias adds, (heads, d_head)
     readings = {f"{name}_raw": _frobenius(weight) for name, weight in raw.items()}
     readings |= {f"b_{name}_raw": _norm(own[f"W_{name}"]) for name in "QKV"}
     readings |= {f"b_{name}": _norm(own[f"W_{name}"] + carried[f"W_{name}"]) for name in "QK"}
@@ -94,9 +96,9 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     values = (own["W_V"] + carried["W_V"]).repeat_interleave(n_heads // len(raw["W_V"]), dim=0)
     b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
-    raw_V, raw_O = gram(raw["W_V"].mT), gram(raw["W_O"])
+    raw_V, raw_O = gram(raw["W_V"]), gram(raw["W_O"])
     readings["W_OV_raw_frobenius"] = product_frobenius(expand_heads(raw_V, n_heads), raw_O)
-    folded = {name: raw[name].mul_(gain[:, None]).mT for name in ("W_Q", "W_K", "W_V")}
+    folded = {name: raw[name].mul_(gain) for name in own}
     grams = {name: gram(rows) - _means(rows, layout.centres) for name, rows in folded.items()}
     grams["W_O"] = layout.multiplier**2 * (raw_O - _means(raw["W_O"], layout.centres))
     readings |= {name: np.sqrt(np.maximum(np.trace(found, axis1=-2, axis2=-1), 0)) for name, found in grams.items()}
@@ -147,11 +149,13 @@ def _reading_norms(
     weight: "torch.Tensor", gain: "torch.Tensor", bias: "torch.Tensor", centres: bool
 ) -> tuple[np.ndarray, np.ndarray, "torch.Tensor"]:
     """Frobenius norms of a reading weight (d_model, d_mlp), raw and folded, and what the norm's bias carries through it."""
-    raw = folded = carried = total = gain.new_zeros(())
+    import torch
+
+    raw = folded = total = carried = gain.new_zeros(())
     for own, rows in pieces(weight):
-        scaled = gain[own, None] * rows
-        raw, folded = raw + _square(rows), folded + _square(scaled)
-        total, carried = total + scaled.sum(0), carried + bias[own] @ rows
+        squares = torch.linalg.vector_norm(rows, dim=1).square()
+        raw, folded = raw + squares.sum(), folded + gain[own].square() @ squares
+        total, carried = total + gain[own] @ rows, carried + bias[own] @ rows
     mean = _square(total) / len(weight) if centres else 0
     return _root(raw), _root(folded - mean), carried
 

@@ -8,6 +8,7 @@ of runs that were neighbours. Checkpoints of random weights are written where no
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -194,7 +195,7 @@ def heads(folder: str) -> dict[str, float]:
 
 
 def random_inputs(folder: str) -> dict[str, float]:
-    """Rate of the random inputs' matrix multiplications beside the best that this machine does on large matrices."""
+    """Rate of the random inputs' matrix multiplications beside the best that this machine does on large matrices just then."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -210,20 +211,22 @@ def random_inputs(folder: str) -> dict[str, float]:
     layout, prompts = probe_layout(model), Prompts(rows(), "benchmark", None)
     neurons = NeuronMeter(layout, prompts)
     run, group = PromptRun(model, prompts, [neurons]), RandomInputGroup(model, layout, neurons, None)
-    busy = flops = 0.0
-    peaks = []
-    for layer in range(4):
+    rates, peaks = [], []
+    for layer in range(9):
         with torch.no_grad(), model.held(layer):
             run.visit(layer)
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 group.visit(layer)
-        peaks.append(_peak())
         if layer:  # the first warms up
             products = [e for e in profiled.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-            busy += sum(e.self_cpu_time_total for e in products) / 1e6
-            flops += sum(e.flops for e in products)
-    rate = flops / busy / 1e9
-    return {"gflops": rate, "peak_gflops": max(peaks), "share_of_peak": rate / max(peaks)}
+            rates.append(sum(e.flops for e in products) / sum(e.self_cpu_time_total for e in products) / 1e3)
+            peaks.append(_peak())
+    shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
+    return {
+        "gflops": statistics.median(rates),
+        "peak_gflops": statistics.median(peaks),
+        "share_of_peak": statistics.median(shares),
+    }
 
 
 def _peak() -> float:
@@ -367,6 +370,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, every start would compile what users compile once
     if options.way:
         run_here(options.way, arguments)
         return
