@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamgauge.errors import CheckpointError
 from streamgauge.mapped import Mapped, stand_in
-from streamgauge.together import run_together
+from streamgauge.together import calling_instead, run_together
 
 if TYPE_CHECKING:
     import torch
@@ -172,8 +172,7 @@ class Blockwise:
             output = self.blocks[0](stream, *args, **kwargs)
         self._beside = output[1:] if isinstance(output, tuple) else None
 
-    @contextlib.contextmanager
-    def _passing_on(self, note: Any) -> Iterator[None]:
+    def _passing_on(self, note: Any) -> contextlib.AbstractContextManager[None]:
         """Let blocks return what `note` makes of their number, the stream and the other arguments."""
 
         def forward(layer: int) -> Any:
@@ -184,13 +183,7 @@ class Blockwise:
 
             return pass_on
 
-        try:
-            for layer, block in enumerate(self.blocks):
-                block.__dict__["forward"] = forward(layer)
-            yield
-        finally:
-            for block in self.blocks:
-                del block.__dict__["forward"]
+        return calling_instead({block: forward(layer) for layer, block in enumerate(self.blocks)})
 
     def _split(self, original: Any) -> None:
         """Let the bridge take a block's fused tensors apart again, now that their values have come."""

@@ -1,7 +1,7 @@
 """Let several computations that call the same linear maps run side by side, each map applied once to the vectors of all."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
@@ -10,8 +10,6 @@ from streamgauge.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-OTHER_WAYS = "its blocks compute other things for one prompt than for another, which cannot be followed."
 
 
 def run_together(tasks: Sequence[Callable[[], Any]], maps: Sequence[Any], tell: Callable[[int], None]) -> None:
@@ -30,11 +28,13 @@ def run_together(tasks: Sequence[Callable[[], Any]], maps: Sequence[Any], tell: 
         return runs[number].switch(*given)
 
     try:
-        with _asking(maps):
+        with _asking(maps, getcurrent()):
             calls = [go_on(number) for number in range(len(runs))]
             while any(runs):
                 if not all(runs) or any(multiply is not calls[0][0] for multiply, _ in calls):
-                    raise CheckpointError(f"This model cannot be measured: {OTHER_WAYS}")
+                    raise CheckpointError(
+                        "Blocks compute other things for one prompt than for another, which cannot be followed."
+                    )
                 answers = _answers(calls[0][0], [vectors for _, vectors in calls])
                 calls = [go_on(number, answer) for number, answer in enumerate(answers)]
     finally:
@@ -42,26 +42,33 @@ def run_together(tasks: Sequence[Callable[[], Any]], maps: Sequence[Any], tell: 
             run.throw()
 
 
-@contextlib.contextmanager
-def _asking(maps: Sequence[Any]) -> Iterator[None]:
-    """Let maps ask whoever runs the tasks for their product, and wait for it."""
-    hub = getcurrent()
+def _asking(maps: Sequence[Any], hub: Any) -> contextlib.AbstractContextManager[None]:
+    """Let maps ask the hub, which runs the tasks, for their product, and wait for it."""
 
     def asking(multiply: Any) -> Any:
         return lambda vectors: hub.switch((multiply, vectors))
 
+    return calling_instead({module: asking(module.forward) for module in maps})
+
+
+@contextlib.contextmanager
+def calling_instead(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules call these functions in place of their forward for a while; hooks on the modules stay."""
+    own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     try:
-        for module in maps:
-            module.__dict__["forward"] = asking(module.forward)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module in maps:
+        for module in forwards:
             del module.__dict__["forward"]
+        for module, forward in own.items():
+            module.__dict__["forward"] = forward
 
 
 def _answers(multiply: Any, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]":
     import torch
 
     flat = [vectors.reshape(-1, vectors.shape[-1]) for vectors in inputs]
-    parts = multiply(torch.cat(flat)).split([len(rows) for rows in flat])
+    parts = multiply(torch.cat(flat) if len(flat) > 1 else flat[0]).split([len(rows) for rows in flat])
     return [part.view(*vectors.shape[:-1], -1) for part, vectors in zip(parts, inputs, strict=True)]

@@ -47,10 +47,11 @@ def test_each_gets_what_it_gets_alone_and_maps_are_called_once() -> None:
     tasks, found, sizes = Tasks(), {}, []
     tasks.maps[1].register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     multiply = tasks.maps[0].forward
-    tasks.maps[0].forward = lambda x: sizes.append(len(x)) or multiply(x)  # type: ignore[func-returns-value]
+    called = tasks.maps[0].forward = lambda x: sizes.append(len(x)) or multiply(x)  # type: ignore[func-returns-value]
     tasks.run(lambda number: found.update({number: tasks.alone(number)}))
     assert tasks.said == [(n, place) for place in ("in", "hidden") for n in range(3)]
     assert sizes == [6 + 5 + 7, 2, 5, 1]  # the first map itself once; hooks on the second by task
+    assert tasks.maps[0].forward is called  # what stood there before stands there again
     tasks.maps[0].forward = multiply
     for number, output in found.items():
         tasks.at = number
