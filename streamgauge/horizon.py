@@ -222,7 +222,7 @@ class Horizons:
                 shares.append([])
                 room = WINDOWS
             room -= needed
-            shares[-1] += [number] if needed else []
+            shares[-1] += [number] if len(streams[0]) else []
         return shares
 
     def _lanes(self, variant: Variant, numbers: list[int]) -> "dict[int, list[_Lane]]":

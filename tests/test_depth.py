@@ -22,8 +22,8 @@ NAMES = ["gpt2", "gpt-neox-parallel", "gpt-j", "llama", "gemma2", "opt"]
 class ByHand:
     """A model whose block inputs are replaced through plain forward hooks; every layer is run every time."""
 
-    def __init__(self, name: str) -> None:
-        self.model = models.random_model(name)
+    def __init__(self, name: str, model: Any = None) -> None:
+        self.model = model or models.random_model(name)
         self.blocks = list(self.model.get_submodule(models.ARCHITECTURES[name].blocks))
         self.ids = torch.tensor(ROWS)
         self.embedding, self.outputs = self._run(lambda layer, x: x, lambda x: x)[:2]
@@ -128,6 +128,14 @@ def test_every_variant_agrees_with_patching_by_hand(name: str) -> None:
         for number, k in enumerate(arrays["k"]):
             found = arrays[f"loss.{variant.name}"][number]
             np.testing.assert_allclose(found, by_hand.loss(variant, int(k)), rtol=1e-4, err_msg=f"{name} {variant.name} {k}")
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_shallow_models_are_cut_too(n_layers: int) -> None:
+    arrays = _horizons(models.blockwise(models.gpt2(n_layers)), Prompts(ROWS, "test", 1), [Variant()])
+    by_hand = ByHand("gpt2", models.gpt2(n_layers))
+    for found, k in zip(arrays[f"loss.{Variant().name}"], arrays["k"], strict=True):
+        np.testing.assert_allclose(found, by_hand.loss(Variant(), int(k)), rtol=1e-4, err_msg=str(k))
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
