@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Band:
-    """Open interval with its source; a missing bound is None. layers: the window it speaks of, ends included.
+    """Open interval with its source; a missing bound is None.
 
-    unclaimed: why no source claims the law of this model, where none does; its value is then noted and nothing asserted.
+    over: the layers, ends included, that a law which looks at a window is asked to look at. layers: those that it did look
+    at, as it says itself; None for a law about none in particular. unclaimed: why no source claims the law of this model,
+    where none does; its value is then noted and nothing asserted.
     """
 
     low: float | None
     high: float | None
     source: str
+    over: tuple[int, int] | None = None
     layers: tuple[int, int] | None = None
     unclaimed: str | None = None
 
@@ -22,10 +25,10 @@ class Band:
 
     @property
     def window(self) -> tuple[int, int]:
-        """The layers of a band that has them, as those of the catalogue do. Raises ValueError for one that has not."""
-        if self.layers is None:
-            raise ValueError(f"the band {self} speaks of no layers")
-        return self.layers
+        """The layers to look at, which bands of the catalogue name. Raises ValueError for a band that names none."""
+        if self.over is None:
+            raise ValueError(f"the band {self} names no layers")
+        return self.over
 
     def margin(self, value: float) -> float:
         """Distance to the nearer bound, positive inside; NaN and infinity are infinitely far outside."""

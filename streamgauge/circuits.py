@@ -9,6 +9,7 @@ import numpy as np
 
 from streamgauge.errors import NotApplicable, NotMeasured, SettingsError
 from streamgauge.settings import numbered, read_toml
+from streamgauge.student_t import quantile
 
 SUBSTANTIAL = 1.5  # a ratio above this would be: mechanistic-validity, B05 Norm Trajectory
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -144,8 +145,6 @@ class Trajectory:
 
 def trajectory(norms: np.ndarray) -> Trajectory:
     """The shape of (n_layers, n_heads) norms over layers. Raises NotApplicable for fewer than three layers."""
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
-
     mean = norms.mean(1)
     if len(mean) < 3:
         raise NotApplicable(f"{len(mean)} layers are too few to tell a slope from scatter")
@@ -155,5 +154,5 @@ def trajectory(norms: np.ndarray) -> Trajectory:
     slope, freedom = float(x @ logs / (x @ x)), len(mean) - 2
     scatter = ((logs - logs.mean() - slope * x) ** 2).sum() / freedom
     error = float(np.sqrt(scatter / (x @ x)))
-    told = abs(slope) > stdtrit(freedom, 0.975) * error
+    told = abs(slope) > quantile(0.975, freedom) * error
     return Trajectory(slope, error, int(mean.argmax()), ("rises" if slope > 0 else "falls") if told else "flat")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamgauge.errors import NotApplicable, NotMeasured
+from streamgauge.student_t import quantile
 
 QUANTILES = (0.025, 0.975)
 COVERAGE = 0.75  # a window may lack this much at its ends in a published record, no more
@@ -56,8 +57,6 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
 
     The slope of log(norm[n+1] / norm[n]) against n + 1/2, log norms averaged over tokens first.
     """
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
-
     index, logs = _mean_log(norms, layers)
     if len(index) < 4:
         raise NotApplicable(f"layers {layers[0]} to {layers[1]} are too few to tell curvature from scatter")
@@ -66,7 +65,7 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
     slope = ((x - x.mean()) * rates).sum() / spread
     freedom = len(x) - 2
     scatter = ((rates - rates.mean() - slope * (x - x.mean())) ** 2).sum() / freedom
-    return float(slope), float(-stdtrit(freedom, level) * np.sqrt(scatter / spread))
+    return float(slope), float(-quantile(level, freedom) * np.sqrt(scatter / spread))
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special
 
 from fixtures import catalogue
 from streamgauge.bands import Band, below, default_window
 from streamgauge.growth import curvature, growth_rates, log_linear_r2, mean_rate, measured_window
 from streamgauge.laws import laws
+from streamgauge.student_t import quantile
 from tests.conftest import ROOT
 from tests.records import sound_record
 
@@ -57,9 +59,9 @@ def test_nearest_names() -> None:
 
 
 def test_a_model_has_its_own_band_or_the_general_one_or_none() -> None:
-    assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).layers == (5, 41)
+    assert catalogue.band("residual/growth_rate", "gpt2-xl", 48).window == (5, 41)
     assert catalogue.is_reference("residual/growth_rate", "gpt2-xl")
-    assert catalogue.band("residual/growth_rate", "somebody's", 32).layers == (4, 27)
+    assert catalogue.band("residual/growth_rate", "somebody's", 32).window == (4, 27)
     assert catalogue.band("residual/growth_rate", "somebody's", 5).unclaimed == (
         "claimed of models with 12 layers or more; this one has 5"
     )
@@ -71,6 +73,12 @@ def test_bands_are_open_and_refuse_nan() -> None:
     band = Band(1.0, 2.0, "test")
     assert 1.5 in band and 1.0 not in band and 2.0 not in band and float("nan") not in band
     assert 0.0 in below(1e-9, "test") and str(below(0.5, "test")) == "below 0.5" and str(band) == "1 to 2"
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 37, 150])
+def test_quantiles_of_students_t_are_scipys(freedom: int) -> None:
+    for level in (0.01, 0.25, 0.5, 0.9, 0.975):
+        assert quantile(level, freedom) == pytest.approx(scipy.special.stdtrit(freedom, level), rel=1e-9, abs=1e-12)
 
 
 def test_growth_helpers_on_a_known_curve() -> None:

@@ -321,6 +321,13 @@ def test_what_no_source_claims_is_measured_and_not_asserted(audit: Auditing, tmp
     assert row["value"] == pytest.approx(1, abs=1e-3) and row["band"] is None and row["layers"] == [2, 13]
 
 
+def test_a_law_about_no_layers_names_none(audit: Auditing, tmp_path: Path) -> None:
+    _of("any", "prediction/loss", lambda x: 3 * x)().save(tmp_path / "any.safetensors")
+    row = audit("--record", tmp_path / "any.safetensors", laws="invariants/predictions/test_beats_unigram.py").rows[0]
+    assert row["outcome"] == "fail" and row["layers"] is None
+    assert row["reason"].startswith("any: loss below the unigram's")
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_theorems_hold_on_random_weights(name: str, audit: Auditing, tmp_path: Path) -> None:
     found = audit("--model", models.save(models.random_model(name), tmp_path / name), "-m", "theorem")
@@ -366,9 +373,11 @@ def _spoil(name: str, factor: float, where: Any = ...) -> Callable[[Record], Non
 ON_FILES = [
     ("attention/frobenius_is_random_response", "all heads scaled", _spoil("W_OV_frobenius", 1.3)),
     ("attention/frobenius_is_random_response", "one head wrong", _spoil("W_OV_frobenius", 9, (1, 2))),
+    ("attention/frobenius_is_random_response", "last head wrong", _spoil("W_OV_frobenius", 9, (-1, -1))),
     ("attention/frobenius_is_random_response", "gain folded wrongly", _spoil("ln1_gain", 1.3)),
     ("attention/amplification_bound", "too small", _spoil("W_OV_spectral", 0.95)),
     ("attention/amplification_bound", "one head too small", _spoil("W_OV_spectral", 0.95, (1, 2))),
+    ("attention/amplification_bound", "last head too small", _spoil("W_OV_spectral", 0.95, (-1, -1))),
     ("attention/amplification_bound", "larger than Frobenius", _spoil("W_OV_spectral", 4)),
     ("attention/amplification_bound", "smaller than Frobenius allows", _spoil("W_OV_frobenius", 9)),
 ]

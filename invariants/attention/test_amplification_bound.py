@@ -1,15 +1,13 @@
 """No head amplifies beyond its spectral norm: ‖x W_OV‖ ≤ σ₁ ‖x‖, and σ₁ ≤ ‖W_OV‖_F ≤ √rank · σ₁ with rank at most d_head.
 
-Layer and seed are drawn; every head of the layer is held to it, on Gaussian x and on the same x after steps of power
-iteration, which bring ‖x W_OV‖ / ‖x‖ close to σ₁ from below. The chain of norms is checked on all heads of all layers.
+Every head of every layer is held to it, on Gaussian x and on the same x after steps of power iteration, which bring
+‖x W_OV‖ / ‖x‖ close to σ₁ from below.
 Source: definition of the spectral norm; Golub and Van Loan 2013, §2.3.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
 """
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from streamgauge.bands import below
 from streamgauge.matrices import Matrices
@@ -20,32 +18,29 @@ STEPS, SAMPLES = 3, 8
 
 
 @pytest.mark.theorem
-@settings(derandomize=True, deadline=None, database=None, max_examples=10)
-@given(data=st.data())
-def test_amplification_bound(record: Record, weights: Matrices, check, data: st.DataObject) -> None:
+def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
     spectral, frobenius = record.array("weights/W_OV_spectral"), record.array("weights/W_OV_frobenius")
-    layer = data.draw(st.integers(0, len(spectral) - 1), "layer")
-    seed = data.draw(st.integers(0, 2**32), "seed")
-    W_V, W_O = weights.W_V(layer), weights.W_O(layer)
-    d_model, d_head = W_V.shape[1:]
+    d_model, d_head = weights.W_V(0).shape[1:]
     # A squared spectral norm is an eigenvalue of a product of Gram matrices: d_model terms each, d_head in the eigensolver.
     bound = below(1 + 8 * d_model * d_head * UNIT, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
     largest = np.maximum(spectral, np.finfo(float).tiny)
     check((spectral / np.maximum(frobenius, np.finfo(float).tiny)).max(), within=bound, what="σ₁ over ‖W_OV‖_F", of="all heads")
     widest = (frobenius / largest).max() / min(d_head, d_model) ** 0.5
     check(widest, within=bound, what="‖W_OV‖_F over √d_head σ₁", of="all heads")
-    x = np.random.default_rng(seed).standard_normal((SAMPLES, d_model))
-    for head in range(len(W_O)):
-        gain = _largest_gain(x, W_V[head], W_O[head]) / largest[layer, head]
-        check(gain, within=bound, what="‖x W_OV‖ over σ₁ ‖x‖", of=f"layer {layer}, head {head}")
+    for layer in range(len(spectral)):
+        x = np.random.default_rng(layer).standard_normal((SAMPLES, d_model))
+        gains = _largest_gains(x, weights.W_V(layer), weights.W_O(layer)) / largest[layer]
+        for head, gain in enumerate(gains):
+            check(gain, within=bound, what="‖x W_OV‖ over σ₁ ‖x‖", of=f"layer {layer}, head {head}")
 
 
-def _largest_gain(x: np.ndarray, W_V: np.ndarray, W_O: np.ndarray) -> float:
-    gains = []
+def _largest_gains(x: np.ndarray, W_V: np.ndarray, W_O: np.ndarray) -> np.ndarray:
+    """Of each head, (n_heads,), over all samples and steps."""
+    gains = np.zeros(len(W_O))
     for _ in range(STEPS):
-        size = np.linalg.norm(x, axis=1, keepdims=True)
+        size = np.linalg.norm(x, axis=-1, keepdims=True)
         x = x / np.where(size > 0, size, 1)
         answer = (x @ W_V) @ W_O
-        gains.append(np.linalg.norm(answer, axis=1).max())
-        x = (answer @ W_O.T) @ W_V.T
-    return float(max(gains))
+        gains = np.maximum(gains, np.linalg.norm(answer, axis=-1).max(-1))
+        x = (answer @ W_O.swapaxes(1, 2)) @ W_V.swapaxes(1, 2)
+    return gains
