@@ -19,6 +19,7 @@ WORDS = {
     "not_applicable": "not applicable",
 }  # fmt: skip
 ANSWERS = ("attention/hard_coded_growth", "mlp/hard_coded_growth", "attention/gain_share", "mlp/gain_share")
+LISTED = 12  # values of one law that its row of the table lists
 ACROSS = ""  # the model of a figure that is about all of them
 SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_applicable": "–"}
 
@@ -59,7 +60,14 @@ def page(rows: list[Row]) -> str:
     """One HTML file that needs no network."""
     environment = _environment()
     environment.filters["number"] = number
-    environment.globals |= {"words": WORDS, "signs": SIGNS, "plotly": _plotly(), "source_of": _source, "answers": ANSWERS}
+    environment.globals |= {
+        "words": WORDS,
+        "signs": SIGNS,
+        "plotly": _plotly(),
+        "source_of": _source,
+        "answers": ANSWERS,
+        "LISTED": LISTED,
+    }
     models = list(dict.fromkeys(row["model"] for row in rows))
     answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
     across = horizon_and_growth(rows)

@@ -27,12 +27,12 @@ def fold_writing(weight: np.ndarray, centres: bool) -> np.ndarray:
 
 def expand_heads(weight: np.ndarray, n_heads: int) -> np.ndarray:
     """Grouped key or value weights (n_kv, d_model, d_head) repeated for the query heads that share them."""
-    return np.repeat(weight, n_heads // len(weight), axis=0)
+    return weight if len(weight) == n_heads else np.repeat(weight, n_heads // len(weight), axis=0)
 
 
 def ov_grams(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """W_V^T W_V and W_O W_O^T in fp64, each (n_heads, d_head, d_head), from (n_heads, d_model, d_head) and its mirror."""
-    V, O = W_V.astype(np.float64), W_O.astype(np.float64)  # noqa: E741
+    V, O = W_V.astype(np.float64, copy=False), W_O.astype(np.float64, copy=False)  # noqa: E741
     return V.swapaxes(-1, -2) @ V, O @ O.swapaxes(-1, -2)
 
 
