@@ -174,7 +174,7 @@ def heads(folder: str) -> dict[str, float]:
     expected = {"frobenius": exact.square().sum(-1).sqrt().numpy(), "spectral": exact[:, 0].numpy()}
 
     def ours() -> tuple[Any, Any]:
-        grams = gram(V.double().mT), gram(O.double())
+        grams = gram(V.mT.contiguous().double()), gram(O.double())
         return product_frobenius(*grams), product_spectral(*grams)
 
     def theirs() -> tuple[Any, Any]:
