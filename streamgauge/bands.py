@@ -31,12 +31,12 @@ class Band:
         return self.over
 
     def margin(self, value: float) -> float:
-        """Distance to the nearer bound, positive inside; NaN and infinity are infinitely far outside."""
+        """Distance to the nearer bound, positive inside; infinitely far outside for NaN, infinity or a bound that is NaN."""
         if not math.isfinite(value):
             return -math.inf
         distances = [value - self.low] if self.low is not None else []
         distances += [self.high - value] if self.high is not None else []
-        return min(distances, default=math.inf)
+        return -math.inf if any(map(math.isnan, distances)) else min(distances, default=math.inf)
 
     def __str__(self) -> str:
         if self.unclaimed:

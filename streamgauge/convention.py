@@ -63,6 +63,15 @@ def product_eigenvalues(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
     return eigenvalues
 
 
+def product_rounding(d_model: int, d_head: int) -> float:
+    """What rounding may do to squared norms of W_OV that are made of Gram matrices, as a part of ‖W_V‖²‖W_O‖².
+
+    Sums of d_model terms in the Gram matrices and of d_head in their product and its eigenvalues, in fp64 (Higham 2002, §4.2).
+    It is no part of the squared norms themselves, which cancellation can leave much smaller.
+    """
+    return 8 * d_model * d_head * 2.0**-53
+
+
 def _root(gram: np.ndarray) -> np.ndarray:
     """Matrices R with R R^T = gram."""
     try:

@@ -25,6 +25,10 @@ class Matrices:
         """Whether the norms before the weights subtract the mean."""
         return bool(self.record.metadata["centres"])
 
+    @property
+    def _multiplier(self) -> float:
+        return float(self.record.metadata.get("residual_multiplier", 1.0))
+
     @cached_property
     def _files(self) -> dict[str, Path]:
         return tensor_names(self.checkpoint)
@@ -37,8 +41,15 @@ class Matrices:
 
     def W_O(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_head, d_model)."""
-        multiplier = float(self.record.metadata.get("residual_multiplier", 1.0))
-        return multiplier * fold_writing(self._read("W_O", layer), self.centres)
+        return self._multiplier * fold_writing(self._read("W_O", layer), self.centres)
+
+    def squared_sizes(self, layer: int) -> np.ndarray:
+        """‖W_V‖²‖W_O‖² by head, (n_heads,), before centring, at most: what rounding of squared norms of W_OV is relative to."""
+        n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
+        V, O = (self.record.array(f"weights/{name}_raw")[layer].astype(float) for name in ("W_V", "W_O"))  # noqa: E741
+        gain = np.abs(self.record.array("weights/ln1_gain")[layer]).max()
+        sizes: np.ndarray = (gain * self._multiplier * expand_heads(V, n_heads) * O) ** 2
+        return sizes
 
     def _read(self, name: str, layer: int) -> np.ndarray:
         places = self.record.metadata["matrices"].get(name)

@@ -352,9 +352,11 @@ def test_untrained_weights_do_not_grow_like_trained_ones(audit: Auditing, tmp_pa
     assert outcomes["residual/growth_rate"] == "fail"
 
 
-def _audit_with_stored(audit: Auditing, tmp_path: Path, law: str, spoil: Callable[[Record], None]) -> dict[str, Any]:
+def _audit_with_stored(
+    audit: Auditing, tmp_path: Path, law: str, spoil: Callable[[Record], None], model: Any = None
+) -> dict[str, Any]:
     """Audit a checkpoint whose stored record was spoilt, so that record and files disagree."""
-    folder = models.save(models.gpt2(3), tmp_path / "model")
+    folder = models.save(model or models.gpt2(3), tmp_path / "model")
     checkpoint, store = checkpoints.open_checkpoint(folder), Store(tmp_path / "store")
     store.prepare()
     record = store.record(checkpoint, prompts=None, device="cpu")
@@ -370,8 +372,11 @@ def _spoil(name: str, factor: float, where: Any = ...) -> Callable[[Record], Non
     return spoil
 
 
+D_HEAD = models.WIDTH // models.HEADS
 ON_FILES = [
     ("attention/frobenius_is_random_response", "all heads scaled", _spoil("W_OV_frobenius", 1.3)),
+    ("attention/frobenius_is_random_response", "all heads dead", _spoil("W_OV_frobenius", 0)),
+    ("attention/frobenius_is_random_response", "not a number", _spoil("W_OV_frobenius", np.nan)),
     ("attention/frobenius_is_random_response", "one head wrong", _spoil("W_OV_frobenius", 9, (1, 2))),
     ("attention/frobenius_is_random_response", "last head wrong", _spoil("W_OV_frobenius", 9, (-1, -1))),
     ("attention/frobenius_is_random_response", "gain folded wrongly", _spoil("ln1_gain", 1.3)),
@@ -393,6 +398,35 @@ def test_a_law_on_files_finds_a_wrong_number(
 @pytest.mark.parametrize("law", sorted({law for law, _, _ in ON_FILES}))
 def test_a_law_on_files_holds_on_the_same_model_unspoilt(law: str, audit: Auditing, tmp_path: Path) -> None:
     assert _audit_with_stored(audit, tmp_path, law, lambda record: None)["outcome"] == "pass"
+
+
+def test_a_dead_head_with_a_norm_fails(audit: Auditing, tmp_path: Path) -> None:
+    def give_it_a_norm(record: Record) -> None:
+        record.arrays["weights/W_OV_frobenius"][1, 0] = 0.3
+
+    model = models.gpt2(3)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_proj.weight[:D_HEAD] = 0
+    row = _audit_with_stored(audit, tmp_path, "attention/frobenius_is_random_response", give_it_a_norm, model)
+    assert row["outcome"] == "fail" and row["of"] == "layer 1, head 0" and row["margin"] < 0
+
+
+@pytest.mark.parametrize("law", sorted({law for law, _, _ in ON_FILES}))
+@pytest.mark.parametrize("overlap", [1e-2, 1e-4, 1e-6, 0])
+def test_laws_on_files_allow_what_rounding_does_to_small_products(
+    law: str, overlap: float, audit: Auditing, tmp_path: Path
+) -> None:
+    """Heads whose W_O hardly reads what their W_V writes: the product is much smaller than its factors."""
+    model, generator = models.gpt2(3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for head in range(0, models.WIDTH, D_HEAD):
+                kept = slice(head, head + D_HEAD)
+                value, output = block.attn.c_attn.weight[:, 2 * models.WIDTH :][:, kept], block.attn.c_proj.weight[kept]
+                written = torch.nn.functional.normalize(torch.randn(D_HEAD, generator=generator), dim=0)
+                value.copy_(torch.outer(torch.randn(models.WIDTH, generator=generator), written))
+                output -= (1 - overlap) * torch.outer(written, written @ output)
+    assert _audit_with_stored(audit, tmp_path, law, lambda record: None, model)["outcome"] == "pass"
 
 
 def test_additivity_finds_a_stream_that_is_rounded_to_bf16() -> None:
