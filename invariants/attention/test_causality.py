@@ -20,7 +20,7 @@ def test_causality(record: Record, check) -> None:
     d_model, length = record.metadata["d_model"], int(record.array("stream/position").max()) + 1
     # What is computed for a token is the same sum; batched libraries may add it up in another order, once a layer.
     order = below(len(changes) * d_model * UNIT, "sums of d_model terms in another order, once a layer (Higham 2002, §4.2)")
-    of = f"largest after layer {int(changes.argmax()) - 1}"
+    of = f"largest in the stream behind {int(changes.argmax())} layers"
     check(changes.max(), within=order, what="change of the stream by later tokens, relative", of=of)
     if "prediction/row_sum_error" not in record.arrays:
         return
