@@ -43,12 +43,11 @@ class Matrices:
         """Shape (n_heads, d_head, d_model)."""
         return self._multiplier * fold_writing(self._read("W_O", layer), self.centres)
 
-    def squared_sizes(self, layer: int) -> np.ndarray:
-        """‖W_V‖²‖W_O‖² by head, (n_heads,), before centring, at most: what rounding of squared norms of W_OV is relative to."""
-        n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
-        V, O = (self.record.array(f"weights/{name}_raw")[layer].astype(float) for name in ("W_V", "W_O"))  # noqa: E741
-        gain = np.abs(self.record.array("weights/ln1_gain")[layer]).max()
-        sizes: np.ndarray = (gain * self._multiplier * expand_heads(V, n_heads) * O) ** 2
+    def squared_sizes(self) -> np.ndarray:
+        """‖W_V‖²‖W_O‖², (n_layers, n_heads), before centring, at most: rounding of squared norms of W_OV is relative to it."""
+        V, O = (self.record.array(f"weights/{name}_raw").astype(float) for name in ("W_V", "W_O"))  # noqa: E741
+        gains = np.abs(self.record.array("weights/ln1_gain")).max(1, keepdims=True)
+        sizes: np.ndarray = (gains * self._multiplier * np.repeat(V, O.shape[1] // V.shape[1], axis=1) * O) ** 2
         return sizes
 
     def _read(self, name: str, layer: int) -> np.ndarray:

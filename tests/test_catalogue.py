@@ -72,7 +72,8 @@ def test_a_model_has_its_own_band_or_the_general_one_or_none() -> None:
 def test_bands_are_open_and_refuse_nan() -> None:
     band = Band(1.0, 2.0, "test")
     assert 1.5 in band and 1.0 not in band and 2.0 not in band and float("nan") not in band
-    assert 1.5 not in Band(float("nan"), float("nan"), "test")
+    unknown = Band(float("nan"), float("nan"), "test")
+    assert 1.5 not in unknown and unknown.margin(1.5) == float("-inf")
     assert 0.0 in below(1e-9, "test") and str(below(0.5, "test")) == "below 0.5" and str(band) == "1 to 2"
 
 

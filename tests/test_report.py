@@ -75,6 +75,15 @@ def test_nothing_from_a_checkpoint_is_rendered_unescaped(rows: list[dict[str, An
     assert "<img" not in summary(spoilt).replace("\\<", "").replace("    <img", "")
 
 
+def test_page_lists_a_dozen_values_of_a_law_and_counts_more(rows: list[dict[str, Any]]) -> None:
+    row = next(row for row in rows if row["outcome"] == "pass")
+    for count, listed in ((12, True), (13, False)):
+        values = [{"what": "growth", "unit": "", "of": f"head {n}", "value": 1.0} for n in range(count)]
+        made = page([row | {"values": values}])
+        assert all((f"head {n}<" in made) == listed for n in range(count))
+        assert (f"the least margin of {count} values" in made) != listed
+
+
 def test_summary_counts_and_explains(rows: list[dict[str, Any]]) -> None:
     text = summary(rows)
     assert "| shrinking | " in text and "## residual/growth_rate fails on shrinking" in text

@@ -23,7 +23,7 @@ def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
     spectral, frobenius = record.array("weights/W_OV_spectral"), record.array("weights/W_OV_frobenius")
     d_model, d_head = weights.W_V(0).shape[1:]
     part = product_rounding(d_model, d_head)
-    rounding = part * np.stack([weights.squared_sizes(layer) for layer in range(len(spectral))])
+    rounding = part * weights.squared_sizes()
     bound = below(1 + part, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
     largest = _at_most(spectral, rounding)
     check((spectral / _at_most(frobenius, rounding)).max(), within=bound, what="σ₁ over ‖W_OV‖_F", of="all heads")
