@@ -1,4 +1,7 @@
-"""What is compared across the models of one page: whether slower growth of the stream goes with a nearer layer horizon."""
+"""What is compared across the models of one page:
+
+whether slower growth of the stream goes with a nearer layer horizon.
+"""
 
 from pathlib import Path
 
@@ -11,22 +14,32 @@ HORIZON, GROWTH = "depth/layer_horizon", "residual/growth_rate"
 
 
 def horizon_and_growth(rows: list[Row]) -> Figure | None:
-    """Effective layer horizon, part of the depth, against growth a layer; one point a model, from two models on."""
+    """Effective layer horizon, part of the depth, against growth a layer; one point a model, from
+    two models on.
+    """
     points = {model: point for model, point in _points(rows).items() if point is not None}
     if len(points) < 2:
         return None
     growth, horizon = np.array(list(points.values())).T
     data = {
-        "x": numbers(growth), "y": numbers(horizon), "text": list(points), "name": "models", "mode": "markers+text",
-        "textposition": "top center", "marker": {"color": BLUE, "size": 9},
+        "x": numbers(growth),
+        "y": numbers(horizon),
+        "text": list(points),
+        "name": "models",
+        "mode": "markers+text",
+        "textposition": "top center",
+        "marker": {"color": BLUE, "size": 9},
         "hovertemplate": "%{text}: growth %{x}, horizon %{y} of the depth<extra></extra>",
-    }  # fmt: skip
+    }
     layout = {
         "title": {"text": "Layer horizon and growth"},
         "xaxis": {"title": {"text": "growth of the stream a layer", "standoff": 4}},
         "yaxis": {"title": {"text": "effective layer horizon / layers"}},
     }
-    read = f"Does a stream that grows more slowly have a nearer horizon? Nobody has shown it. {_correlation(growth, horizon)}"
+    read = (
+        "Does a stream that grows more slowly have a nearer horizon? Nobody has shown it. "
+        f"{_correlation(growth, horizon)}"
+    )
     return {"data": [data], "layout": layout, "read": read, "laws": []}
 
 
@@ -39,12 +52,17 @@ def _points(rows: list[Row]) -> dict[str, tuple[float, float] | None]:
 
 
 def _point(found: dict[str, Row]) -> tuple[float, float] | None:
-    if set(found) != {HORIZON, GROWTH} or not found[HORIZON]["record"] or not Path(found[HORIZON]["record"]).is_file():
+    if (
+        set(found) != {HORIZON, GROWTH}
+        or not found[HORIZON]["record"]
+        or not Path(found[HORIZON]["record"]).is_file()
+    ):
         return None
     from safetensors import safe_open
 
     with safe_open(found[HORIZON]["record"], framework="numpy") as record:
-        n_layers = int(record.get_tensor("horizon/k")[-1]) - 1  # the last horizon lies one beyond the depth
+        # The last horizon lies one beyond the depth.
+        n_layers = int(record.get_tensor("horizon/k")[-1]) - 1
     return found[GROWTH]["value"], found[HORIZON]["value"] / n_layers
 
 
@@ -60,4 +78,7 @@ def _correlation(growth: np.ndarray, horizon: np.ndarray) -> str:
     with np.errstate(divide="ignore"):
         middle, error = np.arctanh(rank), np.sqrt((1 + rank**2 / 2) / (len(growth) - 3))
     low, high = np.tanh([middle - 1.96 * error, middle + 1.96 * error])
-    return f"Spearman's rank correlation over {len(growth)} models is {rank:.2f}, 95% interval {low:.2f} to {high:.2f}."
+    return (
+        f"Spearman's rank correlation over {len(growth)} models is {rank:.2f}, 95% interval "
+        f"{low:.2f} to {high:.2f}."
+    )

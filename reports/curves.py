@@ -1,4 +1,7 @@
-"""Pieces that figures are made of: quantiles over tokens, lines, spreads and axes, as Plotly's plain JSON."""
+"""Pieces that figures are made of:
+
+quantiles over tokens, lines, spreads and axes, as Plotly's plain JSON.
+"""
 
 from typing import Any
 
@@ -8,7 +11,15 @@ Row = dict[str, Any]
 Figure = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 QUANTILES = (0.05, 0.5, 0.95)
-BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, GREY = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#999999"
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, GREY = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#999999",
+)
 DASHED = {"color": "#7f7f7f", "dash": "dash", "width": 1}
 
 
@@ -18,8 +29,15 @@ def numbers(values: np.ndarray) -> list[float | None]:
 
 
 def quantiles(norms: np.ndarray) -> np.ndarray:
-    """5%, 50% and 95% over tokens, layer by layer; shape (3, layers), NaN where nothing was measured."""
-    rows = [np.quantile(row[~np.isnan(row)], QUANTILES) if not np.isnan(row).all() else np.full(3, np.nan) for row in norms]
+    """5%, 50% and 95% over tokens, layer by layer; shape (3, layers), NaN where nothing was
+    measured.
+    """
+    rows = [
+        np.quantile(row[~np.isnan(row)], QUANTILES)
+        if not np.isnan(row).all()
+        else np.full(3, np.nan)
+        for row in norms
+    ]
     return np.array(rows).T
 
 
@@ -30,7 +48,9 @@ def text_tokens(arrays: Arrays) -> np.ndarray:
 
 
 def resid(arrays: Arrays) -> np.ndarray | None:
-    """The stream at each block's input and after the last, (n_layers + 1, tokens), where it was measured."""
+    """The stream at each block's input and after the last, (n_layers + 1, tokens), where it was
+    measured.
+    """
     pre, post = arrays.get("stream/resid_pre"), arrays.get("stream/resid_post")
     if pre is None:
         return None
@@ -46,23 +66,44 @@ def line(x: np.ndarray, y: np.ndarray, name: str, colour: str, **more: Any) -> d
     """A line with markers through what is finite of y."""
     kept = np.isfinite(y)
     style = {"color": colour} | more.pop("line", {})
-    return {"x": x[kept].tolist(), "y": numbers(y[kept]), "name": name, "mode": "lines+markers", "line": style} | more
+    return {
+        "x": x[kept].tolist(),
+        "y": numbers(y[kept]),
+        "name": name,
+        "mode": "lines+markers",
+        "line": style,
+    } | more
 
 
-def spread(low: np.ndarray, high: np.ndarray, name: str, colour: str, start: int = 0) -> list[dict[str, Any]]:
+def spread(
+    low: np.ndarray, high: np.ndarray, name: str, colour: str, start: int = 0
+) -> list[dict[str, Any]]:
     """The region between two curves, shaded."""
     kept = np.isfinite(low) & np.isfinite(high)
-    edge = {"x": (start + np.flatnonzero(kept)).tolist(), "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    edge = {
+        "x": (start + np.flatnonzero(kept)).tolist(),
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
     lower = edge | {"y": numbers(low[kept]), "showlegend": False}
-    return [lower, edge | {"y": numbers(high[kept]), "name": name, "fill": "tonexty", "fillcolor": colour}]
+    return [
+        lower,
+        edge | {"y": numbers(high[kept]), "name": name, "fill": "tonexty", "fillcolor": colour},
+    ]
 
 
 def over_tokens(norms: np.ndarray, colour: str, fill: str) -> list[dict[str, Any]]:
-    """The median token with the spread over tokens around it; one line where a record holds one number a layer."""
+    """The median token with the spread over tokens around it; one line where a record holds one
+    number a layer.
+    """
     low, median, high = quantiles(norms)
     if norms.shape[1] == 1:
         return [by_layer(median, "over all tokens", colour)]
-    return [*spread(low, high, "5% to 95% of tokens", fill), by_layer(median, "median token", colour)]
+    return [
+        *spread(low, high, "5% to 95% of tokens", fill),
+        by_layer(median, "median token", colour),
+    ]
 
 
 def window(row: Row | None) -> list[dict[str, Any]]:
@@ -77,9 +118,19 @@ def window(row: Row | None) -> list[dict[str, Any]]:
 
 
 def figure(
-    title: str, data: list[dict[str, Any]], read: str, laws: list[str], *, y: str, row: Row | None = None, log: bool = False
+    title: str,
+    data: list[dict[str, Any]],
+    read: str,
+    laws: list[str],
+    *,
+    y: str,
+    row: Row | None = None,
+    log: bool = False,
 ) -> Figure:
-    """A figure over layers. read: how to read it; laws: those whose verdict belongs beside it; row: the law to shade for."""
+    """A figure over layers.
+
+    read: how to read it; laws: those whose verdict belongs beside it; row: the law to shade for.
+    """
     y_axis = {"title": {"text": y}} | ({"type": "log"} if log else {})
     layout = {
         "title": {"text": title},

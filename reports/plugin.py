@@ -13,6 +13,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         render([folder / "rows.jsonl"], folder)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     if config.option.report is not None and (config.option.report / "rows.jsonl").is_file():
-        terminalreporter.write_line(f"streamgauge: the page is {config.option.report / 'report.html'}")
+        terminalreporter.write_line(
+            f"streamgauge: the page is {config.option.report / 'report.html'}"
+        )

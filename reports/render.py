@@ -18,21 +18,32 @@ WORDS = {
     "pass": "holds", "fail": "fails", "error": "not measured", "known_failure": "fails as known",
     "not_applicable": "not applicable",
 }  # fmt: skip
-ANSWERS = ("attention/hard_coded_growth", "mlp/hard_coded_growth", "attention/gain_share", "mlp/gain_share")
+ANSWERS = (
+    "attention/hard_coded_growth",
+    "mlp/hard_coded_growth",
+    "attention/gain_share",
+    "mlp/gain_share",
+)
 LISTED = 12  # values of one law that its row of the table lists
 ACROSS = ""  # the model of a figure that is about all of them
 SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_applicable": "–"}
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files, each with the path of its record made whole; a model's second run is numbered."""
+    """The rows of all files, each with the path of its record made whole; a model's second run is
+    numbered.
+    """
     rows: list[Row] = []
     for path in paths:
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         taken = {row["model"] for row in rows}
         for row in found:
             if row["model"] in taken:
-                row["model"] = next(name for n in itertools.count(2) if (name := f"{row['model']} (run {n})") not in taken)
+                row["model"] = next(
+                    name
+                    for n in itertools.count(2)
+                    if (name := f"{row['model']} (run {n})") not in taken
+                )
             for name in ("record", "baseline"):
                 row[name] = str(path.parent / row[name]) if row[name] else None
         rows += found
@@ -52,7 +63,11 @@ def badge(rows: list[Row]) -> str:
     """A small picture for a README: how many laws hold, or how many do not."""
     count = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER}
     bad = count["fail"] + count["error"]
-    says, colour = (f"{bad} of {bad + count['pass']} fail", "#c62828") if bad else (f"{count['pass']} laws hold", "#2e7d32")
+    says, colour = (
+        (f"{bad} of {bad + count['pass']} fail", "#c62828")
+        if bad
+        else (f"{count['pass']} laws hold", "#2e7d32")
+    )
     return str(_environment().get_template("badge.svg").render(says=says, colour=colour))
 
 

@@ -9,14 +9,28 @@ TITLES = ("holds", "fails", "not measured", "fails as known", "not applicable")
 
 def summary(rows: list[Row]) -> str:
     """Counts by model, then each failure with its source and the command that reproduces it."""
-    lines = ["# streamgauge", "", f"| model | {' | '.join(TITLES)} |", f"|---|{'---:|' * len(TITLES)}"]
+    lines = [
+        "# streamgauge",
+        "",
+        f"| model | {' | '.join(TITLES)} |",
+        f"|---|{'---:|' * len(TITLES)}",
+    ]
     for model in dict.fromkeys(row["model"] for row in rows):
-        counts = [sum(row["model"] == model and row["outcome"] == outcome for row in rows) for outcome in COLUMNS]
+        counts = [
+            sum(row["model"] == model and row["outcome"] == outcome for row in rows)
+            for outcome in COLUMNS
+        ]
         lines.append(f"| {_text(model)} | {' | '.join(map(str, counts))} |")
     for row in rows:
         if row["outcome"] in ("fail", "error"):
             what = "fails" if row["outcome"] == "fail" else "could not be measured"
-            lines += ["", f"## {row['law']} {what} on {_text(row['model'])}", "", _text(row["reason"]), ""]
+            lines += [
+                "",
+                f"## {row['law']} {what} on {_text(row['model'])}",
+                "",
+                _text(row["reason"]),
+                "",
+            ]
             lines += [f"Source: {_text(row['source'])}", ""] if row["source"] else []
             lines += ["Reproduce with:", "", f"    {_line(row['reproduce'])}"]
     return "\n".join(lines) + "\n"
@@ -27,5 +41,8 @@ def _line(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Names and reasons come from checkpoints: one line, and nothing that Markdown or HTML would act on."""
+    """Names and reasons come from checkpoints:
+
+    one line, and nothing that Markdown or HTML would act on.
+    """
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!&" else c for c in _line(text))

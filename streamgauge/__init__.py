@@ -1,4 +1,7 @@
-"""streamgauge: measure what flows through a transformer's residual stream, and assert what is known to hold."""
+"""streamgauge:
+
+measure what flows through a transformer's residual stream, and assert what is known to hold.
+"""
 
 from streamgauge.errors import StreamgaugeError
 from streamgauge.measure import measure

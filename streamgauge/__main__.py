@@ -1,4 +1,7 @@
-"""The command line: `python -m streamgauge laws`, `measure` and `report`. Audits themselves are run by pytest."""
+"""The command line: `python -m streamgauge laws`, `measure` and `report`.
+
+Audits themselves are run by pytest.
+"""
 
 import argparse
 import json
@@ -17,7 +20,11 @@ LISTED = 10  # differences of a kind that `diff` prints
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 where it could not be done or `diff` found something, or 4 where a name is unknown."""
+    """Run one command.
+
+    Returns 0, or 1 where it could not be done or `diff` found something, or 4 where a name is
+    unknown.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
@@ -30,18 +37,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m streamgauge", description="Audit the weights of transformer models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m streamgauge", description="Audit the weights of transformer models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    listing = commands.add_parser("laws", help="list every law: id, kind, claim, source, where it applies")
+    listing = commands.add_parser(
+        "laws", help="list every law: id, kind, claim, source, where it applies"
+    )
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_laws)
 
     measuring = commands.add_parser("measure", help="measure a checkpoint and write its record")
     measuring.add_argument("model", help="a folder, a catalogued name or a hub repository")
-    measuring.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the record, FILE.safetensors")
+    measuring.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the record, FILE.safetensors",
+    )
     measuring.add_argument("--revision", help="a branch, tag or commit of a hub repository")
-    measuring.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
+    measuring.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, instead of the built-in set",
+    )
     measuring.add_argument(
         "--horizons",
         choices=["default", "all"],
@@ -49,26 +72,60 @@ def _parser() -> argparse.ArgumentParser:
         help="variants of the layer horizon (default: the published)",
     )
     measuring.add_argument(
-        "--precision", type=float, metavar="WIDTH",
-        help="only as many prompts as it takes until the growth rate's 95%% interval is narrower than this",
-    )  # fmt: skip
-    measuring.add_argument("--allow-pickle", action="store_true", help="open pickled weights, tensors only")
+        "--precision",
+        type=float,
+        metavar="WIDTH",
+        help="only as many prompts as it takes until the growth rate's 95%% interval is "
+        " "
+        "narrower than this",
+    )
+    measuring.add_argument(
+        "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
+    )
     measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
 
-    comparing = commands.add_parser("diff", help="compare two checkpoints or records: what moved, where and by how much")
-    comparing.add_argument("old", help="a folder, a catalogued name, a hub repository, or a record FILE.safetensors")
+    comparing = commands.add_parser(
+        "diff", help="compare two checkpoints or records: what moved, where and by how much"
+    )
+    comparing.add_argument(
+        "old", help="a folder, a catalogued name, a hub repository, or a record FILE.safetensors"
+    )
     comparing.add_argument("new", help="likewise")
-    comparing.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of the built-in set")
-    comparing.add_argument("--allow-pickle", action="store_true", help="open pickled weights, tensors only")
+    comparing.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, instead of the built-in set",
+    )
+    comparing.add_argument(
+        "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
+    )
     comparing.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    comparing.add_argument("--store", type=Path, metavar="DIR", help="keep records here (default: the platform's cache folder)")
-    comparing.add_argument("--all", action="store_true", help="every difference, rather than the ten largest of a kind")
+    comparing.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="keep records here (default: the platform's cache folder)",
+    )
+    comparing.add_argument(
+        "--all", action="store_true", help="every difference, rather than the ten largest of a kind"
+    )
     comparing.set_defaults(run=_diff)
 
-    reporting = commands.add_parser("report", help="render rows.jsonl files as a page and a summary")
-    reporting.add_argument("rows", type=Path, nargs="+", metavar="ROWS", help="rows.jsonl of an audit, its records beside it")
-    reporting.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them")
+    reporting = commands.add_parser(
+        "report", help="render rows.jsonl files as a page and a summary"
+    )
+    reporting.add_argument(
+        "rows",
+        type=Path,
+        nargs="+",
+        metavar="ROWS",
+        help="rows.jsonl of an audit, its records beside it",
+    )
+    reporting.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them"
+    )
     reporting.set_defaults(run=_report)
     return parser
 
@@ -79,12 +136,13 @@ def _laws(options: argparse.Namespace) -> None:
         return
     for law in laws():
         print(
-            f"{law.id}  ({law.kind})\n  {law.claim}\n  {law.formula}\n  source: {law.source}\n  applies to: {law.applies_to}\n"
+            f"{law.id}  ({law.kind})\n  {law.claim}\n  {law.formula}\n  source: {law.source}\n  "
+            f"applies to: {law.applies_to}\n"
         )
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from streamgauge.checkpoint import open_checkpoint
+    from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.measure import measure
     from streamgauge.record import Record
     from streamgauge.store import default_store
@@ -94,26 +152,36 @@ def _measure(options: argparse.Namespace) -> None:
     converted = default_store() / "converted" if options.allow_pickle else None
     checkpoint = open_checkpoint(_location(options.model), options.revision, converted=converted)
     record = measure(
-        checkpoint, prompts=options.prompts, device=options.device, horizons=options.horizons, precision=options.precision,
+        checkpoint,
+        prompts=options.prompts,
+        device=options.device,
+        horizons=options.horizons,
+        precision=options.precision,
         show=True,
-    )  # fmt: skip
+    )
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
 
 
 def _location(name: str) -> str | Path:
-    """Where a model is: a folder, or a hub repository, which catalogued names stand for. Raises UnknownModelError."""
+    """Where a model is:
+
+    a folder, or a hub repository, which catalogued names stand for. Raises UnknownModelError.
+    """
     catalogue = _part("fixtures.catalogue")
     known = catalogue.models().get(name) if not Path(name).is_dir() else None
     if known:
         return known.folder or known.hub  # type: ignore[no-any-return]
     if not Path(name).exists() and "/" not in name:
-        raise UnknownModelError(f"no model is called {name!r}; the nearest catalogued names are {catalogue.nearest(name)}.")
+        raise UnknownModelError(
+            f"no model is called {name!r}; the nearest catalogued names are "
+            f"{catalogue.nearest(name)}."
+        )
     return name
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from streamgauge.checkpoint import open_checkpoint
+    from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.compare import differences, rows_to_share, table
     from streamgauge.record import Record
     from streamgauge.store import Store, default_store
@@ -126,10 +194,15 @@ def _diff(options: argparse.Namespace) -> int:
             return Record.load(name)
         converted = store.folder / "converted" if options.allow_pickle else None
         checkpoint = open_checkpoint(_location(name), converted=converted)
-        return store.record(checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True)
+        return store.record(
+            checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True
+        )
 
     old = record_of(options.old)
-    lines, differing = table(differences(old, record_of(options.new, rows_to_share(old))), None if options.all else LISTED)
+    lines, differing = table(
+        differences(old, record_of(options.new, rows_to_share(old))),
+        None if options.all else LISTED,
+    )
     print("\n".join(lines))
     return FAILED if differing else 0
 
@@ -139,18 +212,25 @@ def _report(options: argparse.Namespace) -> None:
 
     for path in options.rows:
         if not path.is_file():
-            raise UnknownModelError(f"there is no file {path}; name the rows.jsonl that pytest --report wrote.")
+            raise UnknownModelError(
+                f"there is no file {path}; name the rows.jsonl that pytest --report wrote."
+            )
     prepare_report(options.output, "-o")
     try:
         _part("reports.render").render(options.rows, options.output)
     except (ValueError, KeyError, TypeError) as error:
         named = ", ".join(map(str, options.rows))
-        raise RecordError(f"{named} is not the rows.jsonl of an audit ({type(error).__name__}: {error}).") from error
+        raise RecordError(
+            f"{named} is not the rows.jsonl of an audit ({type(error).__name__}: {error})."
+        ) from error
     print(options.output / "report.html")
 
 
 def _part(name: str) -> Any:
-    """A module of the other rooms: inside the package where it is installed, beside it in a clone."""
+    """A module of the other rooms:
+
+    inside the package where it is installed, beside it in a clone.
+    """
     prefix = "streamgauge." if find_spec("streamgauge.fixtures") else ""
     return import_module(prefix + name)
 

@@ -1,4 +1,6 @@
-"""Whole activations of named hooks, for laws that need vectors rather than norms; kept in the store, memory-mapped."""
+"""Whole activations of named hooks, for laws that need vectors rather than norms; kept in the
+store, memory-mapped.
+"""
 
 import hashlib
 import uuid
@@ -8,26 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.checkpoint import Checkpoint
+from streamgauge.checkpoints.files import Checkpoint
+from streamgauge.checkpoints.prompts import read_prompts
+from streamgauge.engine.forward import BATCH_TOKENS
+from streamgauge.engine.rows import prompts_for
 from streamgauge.errors import NotMeasured, UnknownModelError
-from streamgauge.forward import BATCH_TOKENS
-from streamgauge.prompts import Prompts, prompts_for, read_prompts
+from streamgauge.numerics.rows import Prompts
 from streamgauge.store import Store
 
 if TYPE_CHECKING:
-    from streamgauge.blockwise import Blockwise
+    from streamgauge.engine.blockwise import Blockwise
 
 
 def stored_activations(
-    store: Store, checkpoint: Checkpoint, hooks: Sequence[str], *, prompts: Path | None, device: str, limit: int
+    store: Store,
+    checkpoint: Checkpoint,
+    hooks: Sequence[str],
+    *,
+    prompts: Path | None,
+    device: str,
+    limit: int,
 ) -> dict[str, np.ndarray]:
-    """Activations (n_tokens, …) of the named hooks on the prompt set, raw, as read-only memory maps.
+    """Activations (n_tokens, …) of the named hooks on the prompt set, raw, as read-only memory
+    maps.
 
-    Raises UnknownModelError for a hook that the model does not have, NotMeasured where all arrays together would take
-    more than `limit` bytes; nothing is written then.
+    Raises UnknownModelError for a hook that the model does not have, NotMeasured where all arrays
+    together would take more than `limit` bytes; nothing is written then.
     """
     folder = store.folder / "activations" / store.key(checkpoint, prompts, device)
-    paths = {name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy" for name in hooks}
+    paths = {
+        name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npy" for name in hooks
+    }
     missing = [name for name in hooks if not paths[name].is_file()]
     if missing:
         _compute(checkpoint, {name: paths[name] for name in missing}, prompts, device, limit)
@@ -38,19 +51,26 @@ def stored_activations(
 
 def _within(size: int, limit: int) -> None:
     if size > limit:
-        raise NotMeasured(f"these activations take {size:,} bytes, more than the limit of {limit:,}; ask for fewer or raise it")
+        raise NotMeasured(
+            f"these activations take {size:,} bytes, more than the limit of {limit:,}; ask for "
+            "fewer or raise it"
+        )
 
 
-def _compute(checkpoint: Checkpoint, paths: dict[str, Path], prompts: Path | None, device: str, limit: int) -> None:
-    from streamgauge.blockwise import Blockwise
-    from streamgauge.model import load_model
+def _compute(
+    checkpoint: Checkpoint, paths: dict[str, Path], prompts: Path | None, device: str, limit: int
+) -> None:
+    from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.load import load_model
 
     mapped, _ = load_model(checkpoint, device)
     rows = prompts_for(mapped, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
     model = Blockwise(mapped)
     unknown = [name for name in paths if name not in model.bridge.hook_dict]
     if unknown:
-        raise UnknownModelError(f"{checkpoint.name} has no hook {unknown[0]!r}; bridge.hook_dict lists those it has.")
+        raise UnknownModelError(
+            f"{checkpoint.name} has no hook {unknown[0]!r}; bridge.hook_dict lists those it has."
+        )
     _run(model, rows, paths, limit)
 
 
@@ -61,10 +81,16 @@ def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) 
     starts = np.cumsum([0, *map(len, rows.rows)])
     files: dict[str, np.memmap[Any, Any]] = {}
     seen: dict[str, torch.Tensor] = {}
-    hooks = [(name, lambda x, hook, name=name: seen.update({name: x.detach().cpu()})) for name in paths]
+    hooks = [
+        (name, lambda x, hook, name=name: seen.update({name: x.detach().cpu()})) for name in paths
+    ]
     with torch.no_grad(), model.hooked(hooks):
         for batch in rows.batches(BATCH_TOKENS):
-            model.bridge(torch.tensor([rows.rows[i] for i in batch], device=model.device), return_type=None, use_cache=False)
+            model.bridge(
+                torch.tensor([rows.rows[i] for i in batch], device=model.device),
+                return_type=None,
+                use_cache=False,
+            )
             silent = [name for name in paths if name not in seen or len(seen[name]) != len(batch)]
             if silent:
                 raise NotMeasured(f"the hook {silent[0]} gave no row for each prompt")
@@ -82,4 +108,6 @@ def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) 
 
 def _create(path: Path, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path.with_suffix(f".{uuid.uuid4().hex}.part"), mode="w+", dtype=np.float32, shape=shape)
+    return np.lib.format.open_memmap(
+        path.with_suffix(f".{uuid.uuid4().hex}.part"), mode="w+", dtype=np.float32, shape=shape
+    )

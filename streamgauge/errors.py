@@ -47,3 +47,8 @@ class NotApplicable(StreamgaugeError):
 
 class NotMeasured(StreamgaugeError):
     """The quantity exists but could not be measured; the text is the reason."""
+
+
+def first_line(error: object) -> str:
+    """What a library's error says first, at most 300 characters, without its full stop."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:300]

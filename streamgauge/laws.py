@@ -11,7 +11,10 @@ KINDS = ("theorem", "phenomenon", "reference", "regression")
 
 @dataclass(frozen=True)
 class Law:
-    """A law as its file states it: id (`residual/growth_rate`), kind, claim, formula, source, where it applies."""
+    """A law as its file states it:
+
+    id (`residual/growth_rate`), kind, claim, formula, source, where it applies.
+    """
 
     id: str
     kind: str
@@ -24,7 +27,11 @@ class Law:
 def invariants_folder() -> Path:
     """Where the laws are: inside an installed package, or beside it in a clone."""
     package = Path(__file__).parent
-    return package / "invariants" if find_spec("streamgauge.invariants") else package.parent / "invariants"
+    return (
+        package / "invariants"
+        if find_spec("streamgauge.invariants")
+        else package.parent / "invariants"
+    )
 
 
 def laws() -> list[Law]:
@@ -40,11 +47,19 @@ def _read(folder: Path) -> Iterator[Law]:
         formula, _, rest = rest.partition("\nSource:")
         source, _, applies_to = rest.partition("\nApplies to:")
         name = f"{path.parent.name}/{path.stem.removeprefix('test_')}"
-        yield Law(name, _kind(module), *(" ".join(part.split()) for part in (claim, formula, source, applies_to)))
+        yield Law(
+            name,
+            _kind(module),
+            *(" ".join(part.split()) for part in (claim, formula, source, applies_to)),
+        )
 
 
 def _kind(module: ast.Module) -> str:
     """The pytest marker of the file's one test."""
-    tests = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    tests = [
+        node
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
     marks = [d.attr for test in tests for d in test.decorator_list if isinstance(d, ast.Attribute)]
     return next((mark for mark in marks if mark in KINDS), "")

@@ -27,8 +27,9 @@ pytest_plugins = [PREFIX + name for name in MODULES]
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Start again where `--model FOLDER` was written in two words.
 
-    pytest looks for its configuration before it knows our options, and takes FOLDER for a test path: root folder, ini
-    file and cache would be sought there. `--model=FOLDER` cannot be mistaken.
+    pytest looks for its configuration before it knows our options, and takes FOLDER for a test
+    path: root folder, ini file and cache would be sought there. `--model=FOLDER` cannot be
+    mistaken.
     """
     given = list(config.invocation_params.args)
     joined = _join(given)

@@ -1,4 +1,7 @@
-"""Progress of long work: a bar with the time that is left on a terminal, now and then a plain line elsewhere."""
+"""Progress of long work:
+
+a bar with the time that is left on a terminal, now and then a plain line elsewhere.
+"""
 
 import sys
 import time
@@ -28,6 +31,10 @@ def _lines(items: list[T], what: str) -> Iterator[T]:
         now = time.monotonic()
         if now - said > INTERVAL:
             left = (now - started) / done * (len(items) - done)
-            print(f"streamgauge: {what}: {done} of {len(items)}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"streamgauge: {what}: {done} of {len(items)}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
             said = now
         yield item

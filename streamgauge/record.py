@@ -1,68 +1,117 @@
-"""The record: everything a law needs to know about one checkpoint, in one small file read with numpy alone.
+"""The record: everything a law needs to know about one checkpoint, in one small file read with
+numpy alone.
 
 Arrays are named `group/name`:
 
-==========================  ==================  =======================================================
-stream/resid_pre            (n_layers, n_tok)   norm of the residual stream at each block's input
-stream/resid_mid            (n_layers, n_tok)   norm between attention and MLP (sequential blocks only)
-stream/resid_post           (n_layers, n_tok)   norm of the residual stream at each block's output
-stream/attn_out, mlp_out    (n_layers, n_tok)   norms of what the two sublayers add
-stream/pre_dot_attn         (n_layers, n_tok)   inner product of resid_pre and attn_out
-stream/mid_dot_mlp          (n_layers, n_tok)   inner product of resid_mid and mlp_out (of resid_pre in parallel blocks)
-stream/additivity_error     (n_layers, n_tok)   norm of resid_post - resid_pre - attn_out - mlp_out
-stream/ln1_scale            (n_layers, n_tok)   what the first norm of the block divides by, read off its output
-stream/ln1_residual         (n_layers, n_tok)   relative part of that norm's output that scaling does not explain
-stream/prompt, position     (n_tok,)            which prompt, and where in it
-stream/is_bos, is_padding   (n_tok,)            booleans
-weights/W_OV_frobenius      (n_layers, n_heads) Frobenius norm of W_V W_O, in the convention
-weights/W_OV_spectral       (n_layers, n_heads) largest singular value of the same
-weights/W_QK_frobenius      (n_layers, n_heads) Frobenius norm of W_Q W_K^T, W_QK_spectral its largest singular value; the part
-                                                without positions where these are rotary
-weights/W_OV_raw_frobenius  (n_layers, n_heads) Frobenius norm without gain and centring, as the file has it
-weights/W_Q, W_O            (n_layers, n_heads) Frobenius norms by head; W_Q_raw and so on as the file has them
-weights/W_K, W_V            (n_layers, n_kv)    likewise, of the heads that the file has
-weights/b_Q, b_K            (n_layers, heads)   norms of biases, with what the norm's bias adds; b_Q_raw, b_K_raw, b_V_raw
-weights/b_O                 (n_layers,)         with what value biases carry into it; b_O_raw
-weights/W_in, W_gate, W_out (n_layers,)         Frobenius norms; W_in_raw and so on; b_in, b_gate, b_out likewise
-weights/W_in_W_out          (n_layers,)         Frobenius norm of the product, and norm of b_in W_out (b_in_W_out); no gate
-weights/ln1_gain, ln2_gain  (n_layers, d_model) the gains folded into W_V and W_in (ones where no norm precedes them)
-neurons/activation_rate     (n_layers, n_tok)   fraction of MLP pre-activations (of the gate's, if gated) above 0
-neurons/singular_values     (n_layers, n_rows)  of the prompts x d_mlp matrix of hidden activations at one position
-sublayers/attn_dot_mlp      (n_layers, n_tok)   inner product of attn_out and mlp_out (parallel blocks only)
-sublayers/pre_dot_mlp_0     (n_layers, n_tok)   inner product of resid_pre and the mlp_out of layer 0
-sublayers/raw_norm          (n_layers, n_tok)   sum of the norms of raw resid_pre, attn_out and mlp_out, before centring
-sublayers/attn_scale_error  (n_layers, draws)   relative change of the norms' inputs that would change attn_out as much as
-                                                scaling and shifting them did; mlp_scale_error likewise
-sublayers/largest_shift     (1,)                the largest constant that was added, in root mean squares of the input
-random_input/attn_norm      (n_layers,)         mean norm of the sum over heads of x W_OV for normalised Gaussian x
-random_input/mlp_norm       (n_layers,)         mean norm of the MLP's output for normalised Gaussian x
-random_input/resampled_norm (n_layers,)         the same for resid_mid of positions 1 to 6, each coordinate drawn by itself
-random_input/…_error        (n_layers,)         standard errors of these three; …_samples: how many vectors it took
-random_input/mlp_activation_rate (n_layers,)    activation rate on the Gaussian inputs; resampled_activation_rate likewise
-horizon/k                   (n_k,)              layer horizons that were tried
-horizon/loss.VARIANT        (n_k, n_rows)       loss of each prompt at each horizon, nats a token (see `streamgauge.horizon`)
-horizon/clean_loss, tokens  (n_rows,)           loss of each prompt as the model runs it; how many tokens were predicted
-sublayer_effect/attn_kl     (n_layers, n_pred)  KL(full ‖ without attn_out), for each prediction; mlp_kl likewise, nats
-sublayer_effect/attn_loss   (n_layers, n_pred)  change of loss; attn_frozen_kl and so on: the last norm's scale kept
-sublayer_effect/attn_share  (n_layers, n_pred)  attn_out·final / ‖final‖², the part of the final residual
-sublayer_effect/attn_size   (n_layers, n_pred)  ‖attn_out‖ over the scale that the last norm divides the final residual by
-sublayer_effect/largest_row (1,)                largest norm of a row of the unembedding, the last norm's gain folded in
-patching/TASK               (n_layers, n_heads) part of a task that each head's output, patched in, brings back; TASK.n_pairs
-sketch/parameters           (n_params, 16)      sketches of every tensor (see `streamgauge.sketch`), named in the metadata
-sketch/norms                (n_params,)         their Frobenius norms, as the file has them
-sketch/W_Q, W_K, W_V, W_O   (n_layers, heads, 16) sketches by head
-prediction/token            (n_tok,)            token ids
-prediction/loss             (n_tok,)            of the next token, nats; 0 and is_last at the last token of each prompt
-prediction/entropy, first   (n_tok,)            entropy of what is predicted, nats, and the token that is most likely
-prediction/later_changes    (n_layers+1,)       relative change of the stream at first tokens when later ones are exchanged
-prediction/row_sum_error    (n_layers,)         largest |Σ - 1| of an attention row; future_weight: largest on a later position
-rounding/resid              (6, n_layers+1)     change of log norms a unit of relative noise on every weight, by draw; attn_out,
-                                                mlp_out and loss likewise (see `streamgauge.rounding`)
-padding/resid               (n_layers+1, n_pad) norms of the stream at padding positions behind texts, no mask
-==========================  ==================  =======================================================
+================================  =====================  =========================================
+stream/resid_pre                  (n_layers, n_tok)      norm of the residual stream at each
+                                                         block's input
+stream/resid_mid                  (n_layers, n_tok)      norm between attention and MLP (sequential
+                                                         blocks only)
+stream/resid_post                 (n_layers, n_tok)      norm of the residual stream at each
+                                                         block's output
+stream/attn_out, mlp_out          (n_layers, n_tok)      norms of what the two sublayers add
+stream/pre_dot_attn               (n_layers, n_tok)      inner product of resid_pre and attn_out
+stream/mid_dot_mlp                (n_layers, n_tok)      inner product of resid_mid and mlp_out (of
+                                                         resid_pre in parallel blocks)
+stream/additivity_error           (n_layers, n_tok)      norm of resid_post - resid_pre - attn_out
+                                                         - mlp_out
+stream/ln1_scale                  (n_layers, n_tok)      what the first norm of the block divides
+                                                         by, read off its output
+stream/ln1_residual               (n_layers, n_tok)      relative part of that norm's output that
+                                                         scaling does not explain
+stream/prompt, position           (n_tok,)               which prompt, and where in it
+stream/is_bos, is_padding         (n_tok,)               booleans
+weights/W_OV_frobenius            (n_layers, n_heads)    Frobenius norm of W_V W_O, in the
+                                                         convention
+weights/W_OV_spectral             (n_layers, n_heads)    largest singular value of the same
+weights/W_QK_frobenius            (n_layers, n_heads)    Frobenius norm of W_Q W_K^T, W_QK_spectral
+                                                         its largest singular value; the part
+                                                         without positions where these are rotary
+weights/W_OV_raw_frobenius        (n_layers, n_heads)    Frobenius norm without gain and centring,
+                                                         as the file has it
+weights/W_Q, W_O                  (n_layers, n_heads)    Frobenius norms by head; W_Q_raw and so on
+                                                         as the file has them
+weights/W_K, W_V                  (n_layers, n_kv)       likewise, of the heads that the file has
+weights/b_Q, b_K                  (n_layers, heads)      norms of biases, with what the norm's bias
+                                                         adds; b_Q_raw, b_K_raw, b_V_raw
+weights/b_O                       (n_layers,)            with what value biases carry into it;
+                                                         b_O_raw
+weights/W_in, W_gate, W_out       (n_layers,)            Frobenius norms; W_in_raw and so on; b_in,
+                                                         b_gate, b_out likewise
+weights/W_in_W_out                (n_layers,)            Frobenius norm of the product, and norm of
+                                                         b_in W_out (b_in_W_out); no gate
+weights/ln1_gain, ln2_gain        (n_layers, d_model)    the gains folded into W_V and W_in (ones
+                                                         where no norm precedes them)
+neurons/activation_rate           (n_layers, n_tok)      fraction of MLP pre-activations (of the
+                                                         gate's, if gated) above 0
+neurons/singular_values           (n_layers, n_rows)     of the prompts x d_mlp matrix of hidden
+                                                         activations at one position
+sublayers/attn_dot_mlp            (n_layers, n_tok)      inner product of attn_out and mlp_out
+                                                         (parallel blocks only)
+sublayers/pre_dot_mlp_0           (n_layers, n_tok)      inner product of resid_pre and the mlp_out
+                                                         of layer 0
+sublayers/raw_norm                (n_layers, n_tok)      sum of the norms of raw resid_pre,
+                                                         attn_out and mlp_out, before centring
+sublayers/attn_scale_error        (n_layers, draws)      relative change of the norms' inputs that
+                                                         would change attn_out as much as scaling
+                                                         and shifting them did; mlp_scale_error
+                                                         likewise
+sublayers/largest_shift           (1,)                   the largest constant that was added, in
+                                                         root mean squares of the input
+random_input/attn_norm            (n_layers,)            mean norm of the sum over heads of x W_OV
+                                                         for normalised Gaussian x
+random_input/mlp_norm             (n_layers,)            mean norm of the MLP's output for
+                                                         normalised Gaussian x
+random_input/resampled_norm       (n_layers,)            the same for resid_mid of positions 1 to
+                                                         6, each coordinate drawn by itself
+random_input/…_error              (n_layers,)            standard errors of these three; …_samples:
+                                                         how many vectors it took
+random_input/mlp_activation_rate  (n_layers,)            activation rate on the Gaussian inputs;
+                                                         resampled_activation_rate likewise
+horizon/k                         (n_k,)                 layer horizons that were tried
+horizon/loss.VARIANT              (n_k, n_rows)          loss of each prompt at each horizon, nats
+                                                         a token (see `numerics.horizons`)
+horizon/clean_loss, tokens        (n_rows,)              loss of each prompt as the model runs it;
+                                                         how many tokens were predicted
+sublayer_effect/attn_kl           (n_layers, n_pred)     KL(full ‖ without attn_out), for each
+                                                         prediction; mlp_kl likewise, nats
+sublayer_effect/attn_loss         (n_layers, n_pred)     change of loss; attn_frozen_kl and so on:
+                                                         the last norm's scale kept
+sublayer_effect/attn_share        (n_layers, n_pred)     attn_out·final / ‖final‖², the part of the
+                                                         final residual
+sublayer_effect/attn_size         (n_layers, n_pred)     ‖attn_out‖ over the scale that the last
+                                                         norm divides the final residual by
+sublayer_effect/largest_row       (1,)                   largest norm of a row of the unembedding,
+                                                         the last norm's gain folded in
+patching/TASK                     (n_layers, n_heads)    part of a task that each head's output,
+                                                         patched in, brings back; TASK.n_pairs
+sketch/parameters                 (n_params, 16)         sketches of every tensor (see
+                                                         `numerics.sketches`), named in the
+                                                         metadata
+sketch/norms                      (n_params,)            their Frobenius norms, as the file has
+                                                         them
+sketch/W_Q, W_K, W_V, W_O         (n_layers, heads, 16)  sketches by head
+prediction/token                  (n_tok,)               token ids
+prediction/loss                   (n_tok,)               of the next token, nats; 0 and is_last at
+                                                         the last token of each prompt
+prediction/entropy, first         (n_tok,)               entropy of what is predicted, nats, and
+                                                         the token that is most likely
+prediction/later_changes          (n_layers+1,)          relative change of the stream at first
+                                                         tokens when later ones are exchanged
+prediction/row_sum_error          (n_layers,)            largest |Σ - 1| of an attention row;
+                                                         future_weight: largest on a later position
+rounding/resid                    (6, n_layers+1)        change of log norms a unit of relative
+                                                         noise on every weight, by draw; attn_out,
+                                                         mlp_out and loss likewise (see
+                                                         `streamgauge.groups.rounding`)
+padding/resid                     (n_layers+1, n_pad)    norms of the stream at padding positions
+                                                         behind texts, no mask
+================================  =====================  =========================================
 
-All norms are L2 over d_model in the folded and centred convention (see `streamgauge.convention`), without unit.
-Rows that a published record does not cover are NaN. `metadata["absent"]` says why an array is missing.
+All norms are L2 over d_model in the folded and centred convention (see
+`streamgauge.numerics.convention`), without unit. Rows that a published record does not cover are
+NaN. `metadata["absent"]` says why an array is missing.
 """
 
 import difflib
@@ -79,34 +128,47 @@ from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreErr
 
 FORMAT = "streamgauge-record-1"
 STREAM = (
-    "resid_pre resid_mid resid_post attn_out mlp_out pre_dot_attn mid_dot_mlp additivity_error ln1_scale ln1_residual "
+    "resid_pre resid_mid resid_post attn_out mlp_out pre_dot_attn mid_dot_mlp additivity_error "
+    "ln1_scale ln1_residual "
     "prompt position is_bos is_padding"
 )
 WEIGHTS = (
-    "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O W_in W_gate W_out "
-    "W_Q_raw W_K_raw W_V_raw W_O_raw W_in_raw W_gate_raw W_out_raw b_Q b_K b_O b_in b_gate b_out b_Q_raw b_K_raw b_V_raw "
+    "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O "
+    "W_in W_gate W_out "
+    "W_Q_raw W_K_raw W_V_raw W_O_raw W_in_raw W_gate_raw W_out_raw b_Q b_K b_O b_in b_gate b_out "
+    "b_Q_raw b_K_raw b_V_raw "
     "b_O_raw b_in_raw b_gate_raw b_out_raw W_in_W_out b_in_W_out ln1_gain ln2_gain"
 )
 OTHERS = {
     "neurons": "activation_rate singular_values",
-    "sublayers": "attn_dot_mlp pre_dot_mlp_0 raw_norm attn_scale_error mlp_scale_error largest_shift",
-    "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples mlp_activation_rate "
+    "sublayers": (
+        "attn_dot_mlp pre_dot_mlp_0 raw_norm attn_scale_error mlp_scale_error largest_shift"
+    ),
+    "random_input": "attn_norm attn_error attn_samples mlp_norm mlp_error mlp_samples "
+    "mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",
     "sketch": "parameters norms W_Q W_K W_V W_O",
     "prediction": "token loss is_last entropy first later_changes row_sum_error future_weight",
     "rounding": "resid attn_out mlp_out loss",
     "horizon": "k clean_loss tokens loss.dropped.recomputed.mean.everywhere",
-    "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size mlp_kl mlp_loss mlp_frozen_kl "
+    "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size "
+    "mlp_kl mlp_loss mlp_frozen_kl "
     "mlp_frozen_loss mlp_share mlp_size largest_row",
 }
-ARRAYS = [f"{g}/{name}" for g, names in ({"stream": STREAM, "weights": WEIGHTS} | OTHERS).items() for name in names.split()]
+ARRAYS = [
+    f"{g}/{name}"
+    for g, names in ({"stream": STREAM, "weights": WEIGHTS} | OTHERS).items()
+    for name in names.split()
+]
 FIRST_INSTRUMENT = {"stream": 1, "weights": 1}  # what records hold that do not say
 
 
 @dataclass(frozen=True, repr=False)
 class Record:
-    """Arrays by `group/name`, and JSON metadata (model, revision, weights_sha256, convention, versions, absent …)."""
+    """Arrays by `group/name`, and JSON metadata (model, revision, weights_sha256, convention,
+    versions, absent …).
+    """
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, Any]
@@ -114,12 +176,16 @@ class Record:
     def array(self, name: str) -> np.ndarray:
         """The array called `group/name`.
 
-        Raises NotApplicable where this model or record has none, NotMeasured where measuring it failed.
+        Raises NotApplicable where this model or record has none, NotMeasured where measuring it
+        failed.
         """
         if name in self.arrays:
             return self.arrays[name]
         group = name.split("/")[0]
-        for reasons, error in ((self.metadata["failed"], NotMeasured), (self.metadata["absent"], NotApplicable)):
+        for reasons, error in (
+            (self.metadata["failed"], NotMeasured),
+            (self.metadata["absent"], NotApplicable),
+        ):
             for key in (name, group):
                 if key in reasons:
                     raise error(reasons[key])
@@ -130,7 +196,10 @@ class Record:
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(self.arrays))
-        return f"Record of {self.metadata.get('model')}, {self.n_layers} layers, {self.metadata.get('convention')}: {names}"
+        return (
+            f"Record of {self.metadata.get('model')}, {self.n_layers} layers, "
+            f"{self.metadata.get('convention')}: {names}"
+        )
 
     @property
     def groups(self) -> dict[str, int]:
@@ -145,14 +214,22 @@ class Record:
 
     @property
     def resid(self) -> np.ndarray:
-        """Norms at each block's input and, where it was measured, after the last block: (n_layers + 1, n_tokens)."""
+        """Norms at each block's input and, where it was measured, after the last block:
+
+        (n_layers + 1, n_tokens).
+        """
         last = self.arrays.get("stream/resid_post")
         return self.resid_pre if last is None else np.vstack([self.resid_pre, last[-1:]])
 
     @property
     def is_text(self) -> np.ndarray:
-        """Which tokens are text: not at position 0, where norms follow a law of their own, and not padding."""
-        text: np.ndarray = (self.array("stream/position") > 0) & ~self.array("stream/is_padding").astype(bool)
+        """Which tokens are text:
+
+        not at position 0, where norms follow a law of their own, and not padding.
+        """
+        text: np.ndarray = (self.array("stream/position") > 0) & ~self.array(
+            "stream/is_padding"
+        ).astype(bool)
         return text
 
     @property
@@ -167,14 +244,18 @@ class Record:
 
     @property
     def count_text(self) -> str:
-        """How many text tokens there are, in words; what a published aggregate stands for instead."""
+        """How many text tokens there are, in words; what a published aggregate stands for
+        instead.
+        """
         aggregate: str | None = self.metadata.get("aggregate")
         return aggregate or f"{int(self.is_text.sum()):,} tokens"
 
     def require_pre_norm(self) -> None:
         """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""
         if not self.metadata.get("pre_norm", True):
-            raise NotApplicable("post-norm blocks normalise the stream itself, so it does not grow freely")
+            raise NotApplicable(
+                "post-norm blocks normalise the stream itself, so it does not grow freely"
+            )
 
     def require_text(self) -> None:
         """Raise NotMeasured where no token but those at position 0 was measured."""
@@ -184,11 +265,16 @@ class Record:
     def require_tokens(self) -> None:
         """Raise NotApplicable for a published aggregate, which knows no single token."""
         if "aggregate" in self.metadata:
-            raise NotApplicable(f"the record holds one number a layer: {self.metadata['aggregate']}")
+            raise NotApplicable(
+                f"the record holds one number a layer: {self.metadata['aggregate']}"
+            )
 
     @property
     def integrity(self) -> dict[str, list[str]]:
-        """Faults of the tensors by kind, one line each. Raises NotApplicable where a record has no weights behind it."""
+        """Faults of the tensors by kind, one line each.
+
+        Raises NotApplicable where a record has no weights behind it.
+        """
         found: dict[str, list[str]] | None = self.metadata.get("integrity")
         if found is None:
             raise NotApplicable(self.metadata["absent"].get("integrity", "no weights"))
@@ -214,7 +300,9 @@ class Record:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, save(arrays, metadata=header))
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}; name a folder that can be written.") from error
+            raise StoreError(
+                f"cannot write {path}: {error.strerror}; name a folder that can be written."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -225,16 +313,22 @@ class Record:
             with safe_open(str(path), framework="numpy") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
-                    raise RecordError(f"{path} is not a streamgauge record of format {FORMAT}; measure again.")
+                    raise RecordError(
+                        f"{path} is not a streamgauge record of format {FORMAT}; measure again."
+                    )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 # Published records and those of older instruments say none.
                 if header.get("sha256") not in (None, _digest(arrays, header["record"])):
                     raise ValueError("its numbers are not those that were written")
                 return cls(arrays, json.loads(header["record"]))
         except FileNotFoundError:
-            raise RecordError(f"there is no record {path}; make one with: python -m streamgauge measure.") from None
+            raise RecordError(
+                f"there is no record {path}; make one with: python -m streamgauge measure."
+            ) from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise RecordError(f"the record {path} is damaged ({error}); delete it and measure again.") from error
+            raise RecordError(
+                f"the record {path} is damaged ({error}); delete it and measure again."
+            ) from error
 
 
 def _digest(arrays: dict[str, np.ndarray], said: str) -> str:
@@ -247,7 +341,10 @@ def _digest(arrays: dict[str, np.ndarray], said: str) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: readers see the old file or the new one."""
+    """Write a file under a temporary name beside it, then rename:
+
+    readers see the old file or the new one.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)

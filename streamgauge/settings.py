@@ -1,4 +1,7 @@
-"""Files that the user writes for streamgauge, in TOML: circuits, and what the adopter's repository says."""
+"""Files that the user writes for streamgauge, in TOML:
+
+circuits, and what the adopter's repository says.
+"""
 
 import tomllib
 from pathlib import Path
@@ -16,7 +19,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def numbered(path: Path, content: dict[str, Any], kind: str) -> list[tuple[int, dict[str, Any]]]:
-    """The entries under [[kind]], counted from 1. Raises SettingsError for anything else of that name."""
+    """The entries under [[kind]], counted from 1.
+
+    Raises SettingsError for anything else of that name.
+    """
     entries = content.get(kind, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SettingsError(f"{path}: write each {kind} as an entry of its own, under [[{kind}]].")

@@ -1,4 +1,7 @@
-"""Records on disk, found again by what they were made from: weights, prompts, settings and instrument."""
+"""Records on disk, found again by what they were made from:
+
+weights, prompts, settings and instrument.
+"""
 
 import contextlib
 import hashlib
@@ -9,15 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamgauge.checkpoint import Checkpoint, weights_sha256
-from streamgauge.circuits import Task
+from streamgauge.checkpoints.files import Checkpoint, weights_sha256
+from streamgauge.checkpoints.prompts import read_prompts
+from streamgauge.checkpoints.untrusted import TEXTS
 from streamgauge.errors import NotMeasured, RecordError, StoreError
 from streamgauge.measure import Wanted, is_current, measure
-from streamgauge.prompts import Prompts, read_prompts
+from streamgauge.numerics.circuits import Task
+from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record, write_whole
-from streamgauge.untrusted import TEXTS
 
-KEY = "instrument 1"  # the way keys are made; records made by that instrument are found, and gain what they lack
+# The way keys are made; records made by that instrument are found, and gain what they lack.
+KEY = "instrument 1"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -29,13 +34,18 @@ def default_store() -> Path:
 
 
 def prepare_folder(folder: Path, what: str, option: str) -> None:
-    """Make a folder and see that it can be written. Raises StoreError, which says what it is and the option to change."""
+    """Make a folder and see that it can be written.
+
+    Raises StoreError, which says what it is and the option to change.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", b"")
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise StoreError(f"{what} {folder} cannot be written ({error.strerror}); name another with {option}.") from error
+        raise StoreError(
+            f"{what} {folder} cannot be written ({error.strerror}); name another with {option}."
+        ) from error
 
 
 REPORT = ("rows.jsonl", "report.html", "summary.md", "badge.svg")
@@ -43,10 +53,20 @@ OURS = ".streamgauge"  # lies in a folder whose reports are streamgauge's to rep
 
 
 def prepare_report(folder: Path, option: str) -> None:
-    """Make a folder for a report. Raises StoreError where it cannot be written, or holds such files of somebody else."""
-    foreign = [name for name in REPORT if (folder / name).exists()] if not (folder / OURS).exists() else []
+    """Make a folder for a report.
+
+    Raises StoreError where it cannot be written, or holds such files of somebody else.
+    """
+    foreign = (
+        [name for name in REPORT if (folder / name).exists()]
+        if not (folder / OURS).exists()
+        else []
+    )
     if foreign:
-        raise StoreError(f"{folder / foreign[0]} was not written by streamgauge; name another folder with {option}.")
+        raise StoreError(
+            f"{folder / foreign[0]} was not written by streamgauge; name another folder with "
+            f"{option}."
+        )
     prepare_folder(folder, "the report", option)
     (folder / OURS).touch()
 
@@ -73,26 +93,44 @@ class Store:
         rows: Prompts | None = None,
         show: bool = False,
     ) -> Record:
-        """The stored record of this very checkpoint, or a new one, measured and stored; rows: token ids in place of prompts.
+        """The stored record of this very checkpoint, or a new one, measured and stored; rows: token
+        ids in place of prompts.
 
-        A damaged one is measured again; one of an older instrument is measured again where that is out of date.
+        A damaged one is measured again; one of an older instrument is measured again where that is
+        out of date.
         """
-        path = self.folder / "records" / f"{self.key(checkpoint, prompts, device, rows, precision)}.safetensors"
+        path = (
+            self.folder
+            / "records"
+            / f"{self.key(checkpoint, prompts, device, rows, precision)}.safetensors"
+        )
         known: Record | None = None
         if path.is_file():
             try:
                 known = Record.load(path)
             except RecordError:
                 path.unlink(missing_ok=True)
-        if known is not None and is_current(known, Wanted(horizons, tuple(tasks), precision=precision)):
+        if known is not None and is_current(
+            known, Wanted(horizons, tuple(tasks), precision=precision)
+        ):
             return known
         digest = self._weights_sha256(checkpoint)
         record = measure(
-            checkpoint, prompts=prompts, device=device, horizons=horizons, tasks=tasks, precision=precision, rows=rows,
-            known=known, digest=digest, show=show,
-        )  # fmt: skip
+            checkpoint,
+            prompts=prompts,
+            device=device,
+            horizons=horizons,
+            tasks=tasks,
+            precision=precision,
+            rows=rows,
+            known=known,
+            digest=digest,
+            show=show,
+        )
         if self._weights_sha256(checkpoint) != digest:
-            raise NotMeasured(f"the weights in {checkpoint.folder} changed while they were measured; run again.")
+            raise NotMeasured(
+                f"the weights in {checkpoint.folder} changed while they were measured; run again."
+            )
         try:
             record.save(path)
         except StoreError as error:
@@ -111,8 +149,14 @@ class Store:
         beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in TEXTS]
         parts = [
             self._weights_sha256(checkpoint),
-            *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in beside_weights if p.is_file()),
-            rows.sha256() if rows else hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
+            *(
+                f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}"
+                for p in beside_weights
+                if p.is_file()
+            ),
+            rows.sha256()
+            if rows
+            else hashlib.sha256("\n".join(read_prompts(prompts)).encode()).hexdigest(),
             f"built-in {prompts is None}",
             f"device {device}",
             KEY,
@@ -121,10 +165,16 @@ class Store:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _weights_sha256(self, checkpoint: Checkpoint) -> str:
-        """The hash, remembered by path, size and time of change: gigabytes are not read again on every run."""
+        """The hash, remembered by path, size and time of change:
+
+        gigabytes are not read again on every run.
+        """
         stats = [(p, p.resolve().stat()) for p in checkpoint.files]
-        # A time of change can be set, and a clock that jumps may give one twice; that of the inode cannot be set.
-        identity = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats]
+        # A time of change can be set, and a clock that jumps may give one twice; that of the inode
+        # cannot be set.
+        identity = [
+            (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats
+        ]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         note = self.folder / "hashes" / name
         if note.is_file() and SHA256.fullmatch(noted := note.read_text()):

@@ -1,4 +1,7 @@
-"""Fixtures of the suite's own tests: audits run in this process, small checkpoints, and what lies beside the clone."""
+"""Fixtures of the suite's own tests:
+
+audits run in this process, small checkpoints, and what lies beside the clone.
+"""
 
 import json
 import os
@@ -37,7 +40,10 @@ class Audit:
 
 @pytest.fixture
 def audit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Audit]:
-    """audit("--model", folder, …): run the suite on it in this process, with a store and a report of the test's own."""
+    """audit("--model", folder, …):
+
+    run the suite on it in this process, with a store and a report of the test's own.
+    """
 
     def run(*arguments: object, laws: str = "invariants") -> Audit:
         report = tmp_path / "report"
@@ -56,7 +62,9 @@ def audit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Au
         code = pytest.main([str(ROOT / laws), *own, *map(str, arguments)])
         text = "".join(capfd.readouterr())
         rows = report / "rows.jsonl"
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+        found = (
+            [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+        )
         return Audit(int(code), found, text)
 
     return run
@@ -68,7 +76,14 @@ def run_pytest(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return run
 
@@ -88,16 +103,30 @@ def run_streamgauge() -> Callable[..., subprocess.CompletedProcess[str]]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the wheel is what python finds, and nothing of the clone."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
-    # PYTHONSAFEPATH keeps the clone off the path; the editable install behind it would come later anyway.
+    # PYTHONSAFEPATH keeps the clone off the path; the editable install behind it would come later
+    # anyway.
     return os.environ | {"PYTHONPATH": str(folder / "site"), "PYTHONSAFEPATH": "1"}
 
 
 def shared_checkpoint(name: str) -> Path:
-    """A trained checkpoint that lies beside the clone on the developers' machines; skips where it does not."""
+    """A trained checkpoint that lies beside the clone on the developers' machines; skips where it
+    does not.
+    """
     folder = SHARED / "checkpoints" / name
     if not folder.is_dir():
         pytest.skip(f"{name} is not on this machine")

@@ -1,6 +1,8 @@
-"""Faults that conversions, quantisations and copies really make, and changes that are harmless: each edits a checkpoint folder.
+"""Faults that conversions, quantisations and copies really make, and changes that are harmless:
+each edits a checkpoint folder.
 
-A fault says where it sits: the layer (None for what belongs to none) and words of which one must stand in the verdict.
+A fault says where it sits: the layer (None for what belongs to none) and words of which one must
+stand in the verdict.
 """
 
 import json
@@ -23,7 +25,9 @@ LAYER = 2  # where faults are put
 
 
 class Files:
-    """A checkpoint's tensors and configuration, to be changed and written again; GPT-2's and Llama's names by one word each."""
+    """A checkpoint's tensors and configuration, to be changed and written again; GPT-2's and
+    Llama's names by one word each.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,20 +40,34 @@ class Files:
         if self.is_gpt2:
             block = f"transformer.h.{layer}."
             names = {
-                "qkv": block + "attn.c_attn.weight", "W_O": block + "attn.c_proj.weight", "ln1": block + "ln_1.weight",
-                "ln2": block + "ln_2.weight", "W_in": block + "mlp.c_fc.weight", "W_out": block + "mlp.c_proj.weight",
-                "b_in": block + "mlp.c_fc.bias", "b_O": block + "attn.c_proj.bias", "b_qkv": block + "attn.c_attn.bias",
-                "embed": "transformer.wte.weight", "position": "transformer.wpe.weight", "final": "transformer.ln_f.weight",
-            }  # fmt: skip
+                "qkv": block + "attn.c_attn.weight",
+                "W_O": block + "attn.c_proj.weight",
+                "ln1": block + "ln_1.weight",
+                "ln2": block + "ln_2.weight",
+                "W_in": block + "mlp.c_fc.weight",
+                "W_out": block + "mlp.c_proj.weight",
+                "b_in": block + "mlp.c_fc.bias",
+                "b_O": block + "attn.c_proj.bias",
+                "b_qkv": block + "attn.c_attn.bias",
+                "embed": "transformer.wte.weight",
+                "position": "transformer.wpe.weight",
+                "final": "transformer.ln_f.weight",
+            }
         else:
             block = f"model.layers.{layer}."
             names = {
-                "W_Q": block + "self_attn.q_proj.weight", "W_K": block + "self_attn.k_proj.weight",
-                "W_V": block + "self_attn.v_proj.weight", "W_O": block + "self_attn.o_proj.weight",
-                "ln1": block + "input_layernorm.weight", "ln2": block + "post_attention_layernorm.weight",
-                "W_in": block + "mlp.up_proj.weight", "W_gate": block + "mlp.gate_proj.weight",
-                "W_out": block + "mlp.down_proj.weight", "embed": "model.embed_tokens.weight", "final": "model.norm.weight",
-            }  # fmt: skip
+                "W_Q": block + "self_attn.q_proj.weight",
+                "W_K": block + "self_attn.k_proj.weight",
+                "W_V": block + "self_attn.v_proj.weight",
+                "W_O": block + "self_attn.o_proj.weight",
+                "ln1": block + "input_layernorm.weight",
+                "ln2": block + "post_attention_layernorm.weight",
+                "W_in": block + "mlp.up_proj.weight",
+                "W_gate": block + "mlp.gate_proj.weight",
+                "W_out": block + "mlp.down_proj.weight",
+                "embed": "model.embed_tokens.weight",
+                "final": "model.norm.weight",
+            }
         return names[part]
 
     def __getitem__(self, part: str) -> torch.Tensor:
@@ -82,13 +100,20 @@ class Files:
             if path.suffix in (".json", ".model", ".txt") and path.name != "config.json":
                 shutil.copy(path, folder)
         (folder / "config.json").write_text(json.dumps(self.config))
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: t.contiguous() for name, t in self.tensors.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         return folder
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault by name. change: what it does, False where it cannot be done to this checkpoint; layers and words: where."""
+    """A fault by name.
+
+    change: what it does, False where it cannot be done to this checkpoint; layers and words: where.
+    """
 
     name: str
     change: Callable[[Files], Any]
@@ -108,9 +133,16 @@ def _repeat_layer(f: Files) -> None:
 
 
 def _head_rows(f: Files) -> torch.Tensor:
-    """W_O with rows by head, (heads, d_head, d_model) or, in Llama, (d_model, heads, d_head): a view that can be written."""
+    """W_O with rows by head, (heads, d_head, d_model) or, in Llama, (d_model, heads, d_head):
+
+    a view that can be written.
+    """
     weight = f["W_O"]
-    return weight.view(f.n_heads, -1, weight.shape[1]) if f.is_gpt2 else weight.view(weight.shape[0], f.n_heads, -1)
+    return (
+        weight.view(f.n_heads, -1, weight.shape[1])
+        if f.is_gpt2
+        else weight.view(weight.shape[0], f.n_heads, -1)
+    )
 
 
 def _dead_head(f: Files) -> None:
@@ -213,7 +245,9 @@ def _half_the_heads(f: Files) -> None:
     else:
         f.config["num_attention_heads"] //= 2
         f.config["num_key_value_heads"] //= 2
-        f.config["head_dim"] = 2 * f.config.get("head_dim", f.config["hidden_size"] // f.n_heads // 2)
+        f.config["head_dim"] = 2 * f.config.get(
+            "head_dim", f.config["hidden_size"] // f.n_heads // 2
+        )
 
 
 def _short_vocabulary(f: Files) -> None:
@@ -232,7 +266,9 @@ def _positions_off(f: Files) -> Any:
 
 
 def _grouped_heads(f: Files) -> Any:
-    """Heads of keys and values in another order, as when groups are expanded by tiling instead of repeating."""
+    """Heads of keys and values in another order, as when groups are expanded by tiling instead of
+    repeating.
+    """
     if f.is_gpt2:
         return False
     for part in ("W_K", "W_V"):
@@ -310,15 +346,32 @@ FAULTS = [
     Fault("overflow of fp16", _one_value(float("inf")), ("mlp", str(LAYER))),
     Fault("NaN", _one_value(float("nan")), ("mlp", str(LAYER))),
     Fault("int8 with scales of the wrong rows", _wrong_scale, ("mlp",)),
-    Fault("tying of embedding and head turned round", _untied, ("lm_head", "tie_word_embeddings", "head"), ()),
+    Fault(
+        "tying of embedding and head turned  round",
+        _untied,
+        ("lm_head", "tie_word_embeddings", "head"),
+        (),
+    ),
     Fault("a head of its own that is ignored", _head_of_another, ("lm_head",), ()),
     Fault("wrong ε", _config({"layer_norm_epsilon": 1e-3}, {"rms_norm_eps": 1e-3}), ("eps",), ()),
     Fault(
-        "wrong rope base", _config(None, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
-        ("rope_parameters", "rope_theta"), (),
+        "wrong rope base",
+        _config(None, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+        ("rope_parameters", "rope_theta"),
+        (),
     ),
-    Fault("wrong activation", _config({"activation_function": "gelu"}, {"hidden_act": "gelu"}), ("activ", "hidden_act"), ()),
-    Fault("scores not scaled", _config({"scale_attn_weights": False}, None), ("scale_attn_weights",), ()),
+    Fault(
+        "wrong activation",
+        _config({"activation_function": "gelu"}, {"hidden_act": "gelu"}),
+        ("activ", "hidden_act"),
+        (),
+    ),
+    Fault(
+        "scores not scaled",
+        _config({"scale_attn_weights": False}, None),
+        ("scale_attn_weights",),
+        (),
+    ),
     Fault("wrong head count", _half_the_heads, ("n_head", "num_attention_heads", "do not fit"), ()),
     Fault("vocabulary cut", _short_vocabulary, ("vocab_size", "embed", "wte", "token id"), ()),
     Fault("positions off by 2", _positions_off, ("wpe",), ()),
@@ -329,12 +382,15 @@ FAULTS = [
     Fault("the last layer's tensors missing", _truncated, ("lacks",), ()),
     Fault("one layer fewer in the configuration", _layer_unread, ("config",), ()),
     Fault("one layer fewer altogether", _one_layer_short, ("n_layer", "num_hidden_layers"), ()),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison with the baseline says of a checkpoint: the sentence, and the layers whose tensors it names."""
+    """What a comparison with the baseline says of a checkpoint:
+
+    the sentence, and the layers whose tensors it names.
+    """
 
     found: bool
     says: str
@@ -342,7 +398,11 @@ class Verdict:
 
     def locates(self, fault: Fault) -> bool:
         """Whether it names the fault's part, and no tensor of another layer."""
-        return self.found and set(self.layers) <= set(fault.layers) and any(word in self.says for word in fault.words)
+        return (
+            self.found
+            and set(self.layers) <= set(fault.layers)
+            and any(word in self.says for word in fault.words)
+        )
 
 
 def compare_with(old: Record, folder: Path) -> Verdict:
@@ -360,7 +420,9 @@ def compare_with(old: Record, folder: Path) -> Verdict:
     for kind in ("config", "weights", "activations", "predictions", "norms"):
         if found.get(kind):
             layers = tuple(sorted({one.layer for one in found[kind] if one.layer is not None}))
-            return Verdict(True, "; ".join(map(str, found[kind][:5] + found.get("weights", [])[:5])), layers)
+            return Verdict(
+                True, "; ".join(map(str, found[kind][:5] + found.get("weights", [])[:5])), layers
+            )
     return Verdict(False, "")
 
 
@@ -383,7 +445,11 @@ def _tied_twice(f: Files) -> Any:
 
 
 def _more_metadata(f: Files) -> None:
-    f.config |= {"_name_or_path": "somewhere/else", "transformers_version": "4.0.0", "use_cache": False}
+    f.config |= {
+        "_name_or_path": "somewhere/else",
+        "transformers_version": "4.0.0",
+        "use_cache": False,
+    }
 
 
 def reshard(folder: Path, target: Path, parts: int = 3) -> Path:
@@ -392,10 +458,19 @@ def reshard(folder: Path, target: Path, parts: int = 3) -> Path:
     files.write(target)
     (target / "model.safetensors").unlink()
     names = sorted(files.tensors)
-    weight_map = {name: f"model-{1 + i * parts // len(names):05d}-of-{parts:05d}.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-{1 + i * parts // len(names):05d}-of-{parts:05d}.safetensors"
+        for i, name in enumerate(names)
+    }
     for shard in sorted(set(weight_map.values())):
-        save_file({n: files.tensors[n] for n in names if weight_map[n] == shard}, target / shard, {"format": "pt"})
-    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {n: files.tensors[n] for n in names if weight_map[n] == shard},
+            target / shard,
+            {"format": "pt"},
+        )
+    (target / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return target
 
 

@@ -1,4 +1,6 @@
-"""Small random models of real architectures, and a slow reference that reads their streams by plain forward hooks."""
+"""Small random models of real architectures, and a slow reference that reads their streams by plain
+forward hooks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +11,9 @@ import numpy as np
 import torch
 import transformers as tf
 
-from streamgauge.blockwise import Batch, Blockwise, by_layer
-from streamgauge.forward import Found, Group, walk
-from streamgauge.mapped import Mapped
+from streamgauge.engine.blockwise import Batch, Blockwise, by_layer
+from streamgauge.engine.forward import Found, Group, walk
+from streamgauge.engine.mapped import Mapped
 
 tf.logging.set_verbosity_error()
 tf.utils.logging.disable_progress_bar()
@@ -19,9 +21,12 @@ tf.utils.logging.disable_progress_bar()
 VOCABULARY, WIDTH, HEADS, CONTEXT = 97, 32, 4, 64
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": VOCABULARY}
 LLAMA = IDS | {
-    "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": HEADS, "intermediate_size": 48,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
     "max_position_embeddings": CONTEXT,
-}  # fmt: skip
+}
 GROUPED = LLAMA | {"num_key_value_heads": 2}
 GPT2 = IDS | {"n_embd": WIDTH, "n_layer": 3, "n_head": HEADS, "n_positions": CONTEXT}
 ALTERNATING = {
@@ -35,7 +40,9 @@ ALTERNATING = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A configuration, and where a plain Hugging Face model of it keeps blocks, attention, MLP and norms after them."""
+    """A configuration, and where a plain Hugging Face model of it keeps blocks, attention, MLP and
+    norms after them.
+    """
 
     config: Callable[[], Any]
     blocks: str
@@ -55,17 +62,31 @@ SANDWICH = {"post_attn": "post_attention_layernorm", "post_mlp": "post_feedforwa
 ARCHITECTURES = {
     "gpt2": Architecture(lambda: tf.GPT2Config(**GPT2), "transformer.h", "attn", "mlp"),
     "gpt-neo": Architecture(
-        lambda: tf.GPTNeoConfig(**IDS, **ALTERNATING, max_position_embeddings=CONTEXT), "transformer.h", "attn", "mlp"
+        lambda: tf.GPTNeoConfig(**IDS, **ALTERNATING, max_position_embeddings=CONTEXT),
+        "transformer.h",
+        "attn",
+        "mlp",
     ),
     "gpt-neox-parallel": Architecture(
-        lambda: tf.GPTNeoXConfig(**LLAMA, use_parallel_residual=True), "gpt_neox.layers", "attention", "mlp"
+        lambda: tf.GPTNeoXConfig(**LLAMA, use_parallel_residual=True),
+        "gpt_neox.layers",
+        "attention",
+        "mlp",
     ),
     "gpt-neox-sequential": Architecture(
-        lambda: tf.GPTNeoXConfig(**LLAMA, use_parallel_residual=False), "gpt_neox.layers", "attention", "mlp"
+        lambda: tf.GPTNeoXConfig(**LLAMA, use_parallel_residual=False),
+        "gpt_neox.layers",
+        "attention",
+        "mlp",
     ),
-    "gpt-j": Architecture(lambda: tf.GPTJConfig(**GPT2, rotary_dim=4), "transformer.h", "attn", "mlp"),
+    "gpt-j": Architecture(
+        lambda: tf.GPTJConfig(**GPT2, rotary_dim=4), "transformer.h", "attn", "mlp"
+    ),
     "opt": Architecture(
-        lambda: tf.OPTConfig(**LLAMA, ffn_dim=48, word_embed_proj_dim=WIDTH), "model.decoder.layers", "self_attn", "fc2"
+        lambda: tf.OPTConfig(**LLAMA, ffn_dim=48, word_embed_proj_dim=WIDTH),
+        "model.decoder.layers",
+        "self_attn",
+        "fc2",
     ),
     "phi": _llama(lambda: tf.PhiConfig(**LLAMA)),
     "llama": _llama(lambda: tf.LlamaConfig(**GROUPED)),
@@ -76,27 +97,45 @@ ARCHITECTURES = {
     "gemma3": _llama(lambda: tf.Gemma3TextConfig(**GROUPED, head_dim=8), **SANDWICH),
     "mixtral": _llama(lambda: tf.MixtralConfig(**GROUPED, num_local_experts=4)),
     "falcon": Architecture(
-        lambda: tf.FalconConfig(**IDS, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=HEADS),
-        "transformer.h", "self_attention", "mlp",
+        lambda: tf.FalconConfig(
+            **IDS, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=HEADS
+        ),
+        "transformer.h",
+        "self_attention",
+        "mlp",
     ),
     "phi3": _llama(lambda: tf.Phi3Config(**GROUPED)),
     "bloom": Architecture(
-        lambda: tf.BloomConfig(**IDS, hidden_size=WIDTH, n_layer=3, n_head=HEADS), "transformer.h", "self_attention", "mlp",
+        lambda: tf.BloomConfig(**IDS, hidden_size=WIDTH, n_layer=3, n_head=HEADS),
+        "transformer.h",
+        "self_attention",
+        "mlp",
         adds_inside=("attn_out", "mlp_out"),
     ),
     "mpt": Architecture(
-        lambda: tf.MptConfig(**IDS, d_model=WIDTH, n_layers=3, n_heads=HEADS), "transformer.blocks", "attn", "ffn",
+        lambda: tf.MptConfig(**IDS, d_model=WIDTH, n_layers=3, n_heads=HEADS),
+        "transformer.blocks",
+        "attn",
+        "ffn",
         adds_inside=("mlp_out",),
     ),
-    "granite": _llama(lambda: tf.GraniteConfig(**GROUPED, residual_multiplier=0.22), multiplier=0.22),
+    "granite": _llama(
+        lambda: tf.GraniteConfig(**GROUPED, residual_multiplier=0.22), multiplier=0.22
+    ),
     "olmo2": _llama(lambda: tf.Olmo2Config(**GROUPED), **SANDWICH),
-}  # fmt: skip
+}
 
 
 def random_model(name: str, seed: int = 0) -> Any:
     """A model whose every parameter, gains and biases too, is far from its default."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(ARCHITECTURES[name].config(), attn_implementation="eager").float().eval()
+    model = (
+        tf.AutoModelForCausalLM.from_config(
+            ARCHITECTURES[name].config(), attn_implementation="eager"
+        )
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -137,7 +176,8 @@ def save(model: Any, folder: Path) -> Path:
 def planted_gpt2(rate: float, n_layers: int = 24) -> Any:
     """A random GPT-2 whose biases let every token's norm grow by `rate` a layer.
 
-    All tokens share a direction u; the MLP of layer n adds (rate - 1) · rate^n · size · u, and random weights a little.
+    All tokens share a direction u; the MLP of layer n adds (rate - 1) · rate^n · size · u, and
+    random weights a little.
     """
     model, size = gpt2(n_layers), 10.0
     direction = torch.randn(WIDTH)
@@ -154,11 +194,18 @@ def planted_gpt2(rate: float, n_layers: int = 24) -> Any:
 
 
 def _first(output: Any) -> torch.Tensor:
-    return (output[0] if isinstance(output, tuple) else output).clone()  # Falcon adds to it in place
+    return (
+        output[0] if isinstance(output, tuple) else output
+    ).clone()  # Falcon adds to it in place
 
 
-def reference_norms(model: Any, name: str, ids: torch.Tensor, *, centred: bool) -> dict[str, np.ndarray]:
-    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks: (layers, tokens), tokens row by row."""
+def reference_norms(
+    model: Any, name: str, ids: torch.Tensor, *, centred: bool
+) -> dict[str, np.ndarray]:
+    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks:
+
+    (layers, tokens), tokens row by row.
+    """
     seen = _reference(model, name, ids)
     n_layers = 1 + max(layer for _, layer in seen)
     return {
@@ -167,10 +214,18 @@ def reference_norms(model: Any, name: str, ids: torch.Tensor, *, centred: bool) 
     }
 
 
-def reference_outputs(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
-    """What attention ("attn") and MLP ("mlp") of each layer add to the stream, by plain forward hooks."""
+def reference_outputs(
+    model: Any, name: str, ids: torch.Tensor
+) -> dict[tuple[str, int], torch.Tensor]:
+    """What attention ("attn") and MLP ("mlp") of each layer add to the stream, by plain forward
+    hooks.
+    """
     seen = _reference(model, name, ids)
-    return {(kind.removesuffix("_out"), layer): x.reshape(*ids.shape, -1) for (kind, layer), x in seen.items() if "out" in kind}
+    return {
+        (kind.removesuffix("_out"), layer): x.reshape(*ids.shape, -1)
+        for (kind, layer), x in seen.items()
+        if "out" in kind
+    }
 
 
 def _reference(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
@@ -188,7 +243,10 @@ def _reference(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int]
             return lambda module, args, output: seen.__setitem__((kind, layer), _first(output))
 
         handles.append(block.register_forward_pre_hook(keep_input, with_kwargs=True))
-        handles += [m.register_forward_hook(keep(k)) for k, m in (("attn_out", attn), ("mlp_out", mlp), ("resid_post", block))]
+        handles += [
+            m.register_forward_hook(keep(k))
+            for k, m in (("attn_out", attn), ("mlp_out", mlp), ("resid_post", block))
+        ]
     with torch.no_grad():
         model(ids)
     for handle in handles:
@@ -200,7 +258,9 @@ def _reference(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int]
         if "attn_out" in where.adds_inside:
             seen["attn_out", layer] = seen["attn_out", layer] - seen["resid_pre", layer]
         if "mlp_out" in where.adds_inside:
-            seen["mlp_out", layer] = seen["mlp_out", layer] - seen["resid_pre", layer] - seen["attn_out", layer]
+            seen["mlp_out", layer] = (
+                seen["mlp_out", layer] - seen["resid_pre", layer] - seen["attn_out", layer]
+            )
     return seen
 
 

@@ -4,10 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from streamgauge.horizon import DEFAULT
+from streamgauge.numerics.horizons import DEFAULT
 from streamgauge.record import Record
 
-QUIET_HEADS = ("W_Q_raw", "W_K_raw", "W_V_raw", "W_OV_raw_frobenius", "W_QK_spectral", "W_QK_frobenius")
+QUIET_HEADS = (
+    "W_Q_raw",
+    "W_K_raw",
+    "W_V_raw",
+    "W_OV_raw_frobenius",
+    "W_QK_spectral",
+    "W_QK_frobenius",
+)
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 
 
@@ -20,29 +27,42 @@ def sound_record(
     start: float = 1.0,
     **metadata: Any,
 ) -> Record:
-    """Layers whose every token grows by `rate` a layer, the log rate rising by `bend` a layer; BOS a hundred times larger.
+    """Layers whose every token grows by `rate` a layer, the log rate rising by `bend` a layer; BOS
+    a hundred times larger.
 
-    Blocks write straight along the stream, attention and MLP half each, attention less from layer 30 on. `start`: what the
-    first two blocks multiply the norm by besides, each.
+    Blocks write straight along the stream, attention and MLP half each, attention less from layer
+    30 on. `start`: what the first two blocks multiply the norm by besides, each.
     """
     position = np.tile(np.arange(LENGTH), PROMPTS)
     jitter = np.random.default_rng(0).uniform(0.9, 1.1, position.size)
     size = np.where(position == 0, 1000.0, 10.0) * jitter
     layers = np.arange(n_layers + 1)
-    resid = size * np.exp(np.log(rate) * layers + bend * layers**2 / 2)[:, None] * start ** np.minimum(layers, 2)[:, None]
+    resid = (
+        size
+        * np.exp(np.log(rate) * layers + bend * layers**2 / 2)[:, None]
+        * start ** np.minimum(layers, 2)[:, None]
+    )
     bos = position == 0
     plateau = 10 * resid[:, ~bos].max()
-    resid[:, bos] = np.array([10.0, *[plateau] * (n_layers - 1), 0.3 * plateau])[:, None] * jitter[bos]
+    resid[:, bos] = (
+        np.array([10.0, *[plateau] * (n_layers - 1), 0.3 * plateau])[:, None] * jitter[bos]
+    )
     pre, post = resid[:-1], resid[1:]
     share = 0.5 * 0.97 ** np.maximum(layers[:-1] - 30, 0)[:, None]
     attn, mlp = share * np.abs(post - pre), (1 - share) * np.abs(post - pre)
     sign = np.sign(post - pre)
     stream = {
-        "resid_pre": pre, "resid_mid": pre + sign * attn, "resid_post": post, "attn_out": attn, "mlp_out": mlp,
-        "pre_dot_attn": sign * pre * attn, "mid_dot_mlp": (pre + sign * attn) * sign * mlp,
-        "additivity_error": np.full(pre.shape, 1e-8), "ln1_scale": np.sqrt(pre**2 / D_MODEL + 1e-5),
+        "resid_pre": pre,
+        "resid_mid": pre + sign * attn,
+        "resid_post": post,
+        "attn_out": attn,
+        "mlp_out": mlp,
+        "pre_dot_attn": sign * pre * attn,
+        "mid_dot_mlp": (pre + sign * attn) * sign * mlp,
+        "additivity_error": np.full(pre.shape, 1e-8),
+        "ln1_scale": np.sqrt(pre**2 / D_MODEL + 1e-5),
         "ln1_residual": np.full(pre.shape, 1e-8),
-    }  # fmt: skip
+    }
     arrays = {f"stream/{name}": values.astype(np.float32) for name, values in stream.items()}
     arrays |= {
         "stream/prompt": np.repeat(np.arange(PROMPTS), LENGTH).astype(np.int32),
@@ -51,72 +71,123 @@ def sound_record(
         "stream/is_padding": np.zeros(position.size, bool),
     }
     arrays |= _predictions(n_layers, position)
-    arrays |= _beside_the_stream(n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1), pre + attn + mlp)
+    arrays |= _beside_the_stream(
+        n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1), pre + attn + mlp
+    )
     defaults = {
         "model": model,
-        "n_layers": n_layers, "d_model": D_MODEL, "epsilon": 1e-5, "pre_norm": True, "absent": {}, "failed": {}, "matrices": {},
-        "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []}, "convention": "folded, centred",
-        "revision": "test", "weights_sha256": None, "stored_dtype": "F32", "arithmetic": "float32", "device": "cpu",
-        "versions": {}, "centres": True, "parallel": False, "sampled": False,
+        "n_layers": n_layers,
+        "d_model": D_MODEL,
+        "epsilon": 1e-5,
+        "pre_norm": True,
+        "absent": {},
+        "failed": {},
+        "matrices": {},
+        "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []},
+        "convention": "folded, centred",
+        "revision": "test",
+        "weights_sha256": None,
+        "stored_dtype": "F32",
+        "arithmetic": "float32",
+        "device": "cpu",
+        "versions": {},
+        "centres": True,
+        "parallel": False,
+        "sampled": False,
         "config": {"n_head": N_HEADS, "activation": "gelu"},
-        "parameters": [{"name": f"h.{n}.mlp.c_fc.weight", "shape": [D_MODEL, D_MODEL]} for n in range(n_layers)],
-    }  # fmt: skip
+        "parameters": [
+            {"name": f"h.{n}.mlp.c_fc.weight", "shape": [D_MODEL, D_MODEL]} for n in range(n_layers)
+        ],
+    }
     return Record(arrays, defaults | metadata)
 
 
-def _beside_the_stream(n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np.ndarray) -> dict[str, np.ndarray]:
-    """Weights, neurons and answers to random input that go with a stream whose sublayers write so much."""
+def _beside_the_stream(
+    n_layers: int, attn: np.ndarray, mlp: np.ndarray, raw: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Weights, neurons and answers to random input that go with a stream whose sublayers write so
+    much.
+    """
     layers = np.arange(n_layers)
     ones, firing = np.ones(n_layers), 0.05 * 1.01**layers
     flat = dict.fromkeys(("W_in", "W_in_raw", "W_in_W_out", "b_in_W_out", "b_out"), ones)
     heads = {name: np.ones((n_layers, N_HEADS)) for name in QUIET_HEADS}
-    weights = flat | heads | {
-        "W_OV_frobenius": np.outer(1.05**layers, np.linspace(1, 2, N_HEADS)),
-        "W_OV_spectral": np.outer(1.05**layers, np.linspace(0.8, 1.6, N_HEADS)),
-        "W_O_raw": np.outer(np.linspace(1, 1.5, n_layers), np.ones(N_HEADS)), "W_out_raw": np.linspace(1, 1.5, n_layers),
-        "b_O": np.where(layers < n_layers - 1, 0.1 * attn.min(), 0.1 * attn.min() * 24.46),
-    }  # fmt: skip
+    weights = (
+        flat
+        | heads
+        | {
+            "W_OV_frobenius": np.outer(1.05**layers, np.linspace(1, 2, N_HEADS)),
+            "W_OV_spectral": np.outer(1.05**layers, np.linspace(0.8, 1.6, N_HEADS)),
+            "W_O_raw": np.outer(np.linspace(1, 1.5, n_layers), np.ones(N_HEADS)),
+            "W_out_raw": np.linspace(1, 1.5, n_layers),
+            "b_O": np.where(layers < n_layers - 1, 0.1 * attn.min(), 0.1 * attn.min() * 24.46),
+        }
+    )
     draws = np.full((n_layers, 4), 1e-7)
     others = {
         "neurons/activation_rate": np.outer(firing, np.ones(PROMPTS * LENGTH)).astype(np.float32),
         "neurons/singular_values": np.outer(ones, 0.5 ** np.arange(PROMPTS)),
-        "sublayers/raw_norm": raw, "sublayers/pre_dot_mlp_0": np.full(raw.shape, mlp[0] ** 2),
-        "sublayers/attn_scale_error": draws, "sublayers/mlp_scale_error": draws, "sublayers/largest_shift": np.array([4.0]),
-        "random_input/attn_norm": 5 * attn, "random_input/attn_error": 0.005 * attn, "random_input/mlp_norm": 3 * mlp,
-        "random_input/mlp_error": 0.003 * mlp, "random_input/mlp_activation_rate": 4 * firing,
+        "sublayers/raw_norm": raw,
+        "sublayers/pre_dot_mlp_0": np.full(raw.shape, mlp[0] ** 2),
+        "sublayers/attn_scale_error": draws,
+        "sublayers/mlp_scale_error": draws,
+        "sublayers/largest_shift": np.array([4.0]),
+        "random_input/attn_norm": 5 * attn,
+        "random_input/attn_error": 0.005 * attn,
+        "random_input/mlp_norm": 3 * mlp,
+        "random_input/mlp_error": 0.003 * mlp,
+        "random_input/mlp_activation_rate": 4 * firing,
         "random_input/resampled_activation_rate": 2 * firing,
-        "patching/own": np.outer(0.1 * ones, np.linspace(1, 2, N_HEADS)), "patching/own.n_pairs": np.array([8], np.int32),
+        "patching/own": np.outer(0.1 * ones, np.linspace(1, 2, N_HEADS)),
+        "patching/own.n_pairs": np.array([8], np.int32),
         "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
-    }  # fmt: skip
-    return {f"weights/{name}": values for name, values in weights.items()} | others | _depth(n_layers)
+    }
+    return (
+        {f"weights/{name}": values for name, values in weights.items()} | others | _depth(n_layers)
+    )
 
 
 def _predictions(n_layers: int, position: np.ndarray) -> dict[str, np.ndarray]:
     """Predictions better than counting, nothing that leaks, and what a comparison needs."""
     is_last = position == LENGTH - 1
     return {
-        "prediction/token": np.random.default_rng(1).integers(0, 50, position.size).astype(np.int32),
-        "prediction/loss": np.where(is_last, 0, 2.0).astype(np.float32), "prediction/is_last": is_last,
-        "prediction/first": np.zeros(position.size, np.int32), "prediction/later_changes": np.zeros(n_layers + 1),
-        "prediction/row_sum_error": np.full(n_layers, 1e-7), "prediction/future_weight": np.zeros(n_layers),
-        "sketch/parameters": np.random.default_rng(2).normal(size=(n_layers, 16)), "sketch/norms": np.ones(n_layers),
-        "rounding/resid": np.full((8, n_layers + 1), 0.3), "rounding/attn_out": np.full((8, n_layers), 0.3),
-        "rounding/mlp_out": np.full((8, n_layers), 0.3), "rounding/loss": np.ones((8, 1)),
-    }  # fmt: skip
+        "prediction/token": np.random.default_rng(1)
+        .integers(0, 50, position.size)
+        .astype(np.int32),
+        "prediction/loss": np.where(is_last, 0, 2.0).astype(np.float32),
+        "prediction/is_last": is_last,
+        "prediction/first": np.zeros(position.size, np.int32),
+        "prediction/later_changes": np.zeros(n_layers + 1),
+        "prediction/row_sum_error": np.full(n_layers, 1e-7),
+        "prediction/future_weight": np.zeros(n_layers),
+        "sketch/parameters": np.random.default_rng(2).normal(size=(n_layers, 16)),
+        "sketch/norms": np.ones(n_layers),
+        "rounding/resid": np.full((8, n_layers + 1), 0.3),
+        "rounding/attn_out": np.full((8, n_layers), 0.3),
+        "rounding/mlp_out": np.full((8, n_layers), 0.3),
+        "rounding/loss": np.ones((8, 1)),
+    }
 
 
 def _depth(n_layers: int) -> dict[str, np.ndarray]:
     """A horizon of half the depth, and sublayers whose removal costs a tenth of what it could."""
     k = np.append(np.arange(0, n_layers + 1, 2), n_layers + 1).astype(np.int32)
     rows = np.linspace(0.9, 1.1, PROMPTS)
-    loss = 3 + np.outer(np.maximum(4 * (1 - 2 * k / n_layers), 0) + 0.01 * (1 - k / (n_layers + 1)), rows)
+    loss = 3 + np.outer(
+        np.maximum(4 * (1 - 2 * k / n_layers), 0) + 0.01 * (1 - k / (n_layers + 1)), rows
+    )
     size = np.full((n_layers, 20), 0.5)
     effect = {"size": size, "share": 0 * size, "frozen_kl": 0.1 * size, "kl": 0.1 * size}
-    effects = {f"{kind}_{name}": values for kind in ("attn", "mlp") for name, values in effect.items()}
+    effects = {
+        f"{kind}_{name}": values for kind in ("attn", "mlp") for name, values in effect.items()
+    }
     return {
-        "horizon/k": k, f"horizon/loss.{DEFAULT.name}": loss, "horizon/clean_loss": np.full(PROMPTS, 3.0),
-        "horizon/tokens": np.full(PROMPTS, LENGTH - 1, np.int32), "sublayer_effect/largest_row": np.array([2.0]),
-    } | {f"sublayer_effect/{name}": values for name, values in effects.items()}  # fmt: skip
+        "horizon/k": k,
+        f"horizon/loss.{DEFAULT.name}": loss,
+        "horizon/clean_loss": np.full(PROMPTS, 3.0),
+        "horizon/tokens": np.full(PROMPTS, LENGTH - 1, np.int32),
+        "sublayer_effect/largest_row": np.array([2.0]),
+    } | {f"sublayer_effect/{name}": values for name, values in effects.items()}
 
 
 def sound_xl() -> Record:

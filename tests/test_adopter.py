@@ -1,4 +1,7 @@
-"""An adopter's repository in miniature: bands, a law and known failures of its own, and its CI recipe."""
+"""An adopter's repository in miniature:
+
+bands, a law and known failures of its own, and its CI recipe.
+"""
 
 import datetime
 import json
@@ -41,7 +44,14 @@ def recipe(repository: Path, installed: dict[str, str], tmp_path: Path) -> Run:
     def run() -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = installed | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        return subprocess.run(["sh", "ci.sh"], cwd=repository, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            ["sh", "ci.sh"],
+            cwd=repository,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return run
 
@@ -49,24 +59,34 @@ def recipe(repository: Path, installed: dict[str, str], tmp_path: Path) -> Run:
 def test_the_recipe_runs_and_says_what_was_declared(repository: Path, recipe: Run) -> None:
     done = recipe()
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["law"]: row for row in map(json.loads, (repository / "report" / "rows.jsonl").read_text().splitlines())}
+    rows = {
+        row["law"]: row
+        for row in map(json.loads, (repository / "report" / "rows.jsonl").read_text().splitlines())
+    }
     assert rows["residual/growth_rate"]["source"] == "our last three releases"
     assert rows["residual/growth_rate"]["band"] == [0.9, 1.2]
-    assert rows["residual/padding"]["outcome"] == "not_applicable" and "we never pad" in rows["residual/padding"]["reason"]
+    assert (
+        rows["residual/padding"]["outcome"] == "not_applicable"
+        and "we never pad" in rows["residual/padding"]["reason"]
+    )
     known = rows["laws/attention_writes_less"]
     assert known["outcome"] == "known_failure" and "until the next run" in known["reason"]
     assert "1 fail as known" in done.stdout
     for name in ("report.html", "summary.md", "badge.svg"):
         assert (repository / "report" / name).is_file()
     ET.parse(repository / "report" / "badge.svg")
-    properties = {p.get("name"): p.get("value") for p in ET.parse(repository / "junit.xml").iter("property")}
+    properties = {
+        p.get("name"): p.get("value") for p in ET.parse(repository / "junit.xml").iter("property")
+    }
     assert properties["value"] and properties["band"]
 
 
 def test_a_known_failure_that_is_over_fails(repository: Path, recipe: Run) -> None:
     settings = repository / "streamgauge.toml"
     text = settings.read_text()
-    settings.write_text(text.replace("2999-12-31", str(datetime.date.today() - datetime.timedelta(1))))
+    settings.write_text(
+        text.replace("2999-12-31", str(datetime.date.today() - datetime.timedelta(1)))
+    )
     done = recipe()
     assert done.returncode == 1 and "which is over (the first block is all attention" in done.stdout
     settings.write_text(text.replace("laws/attention_writes_less", "residual/additivity"))
@@ -101,7 +121,10 @@ WRONG = {
     "bounds turned round": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nhigh=1", "not below its high"),
     "one layer": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers=[1]", "needs two layers"),
     "layers in words": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers='ab'", "needs two layers"),
-    "layers turned round": ("[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers=[5, 2]", "needs two layers"),
+    "layers turned round": (
+        "[[band]]\nlaw='a'\nsource='b'\nlow=2\nlayers=[5, 2]",
+        "needs two layers",
+    ),
     "model of another kind": ("[[leave_out]]\nlaw='a'\nreason='b'\nmodel=['a']", "for model"),
 }
 
@@ -116,7 +139,9 @@ def test_settings_that_are_not_understood_are_refused(what: str, tmp_path: Path)
 
 
 def test_settings_may_stand_in_pyproject(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text("[[tool.streamgauge.leave_out]]\nlaw = 'a'\nreason = 'b'")
+    (tmp_path / "pyproject.toml").write_text(
+        "[[tool.streamgauge.leave_out]]\nlaw = 'a'\nreason = 'b'"
+    )
     assert read_settings(tmp_path).entries["leave_out"][0]["reason"] == "b"
     (tmp_path / "streamgauge.toml").write_text("")
     with pytest.raises(SettingsError, match="keep one"):
@@ -131,7 +156,9 @@ def test_a_failure_that_could_not_be_measured_is_never_known(
 
     known = [{"law": "residual/additivity", "reason": "r", "expires": datetime.date(2999, 1, 1)}]
     monkeypatch.setattr(
-        adopter, "read_settings", lambda root: adopter.Settings(ROOT / "streamgauge.toml", {"known_failure": known})
+        adopter,
+        "read_settings",
+        lambda root: adopter.Settings(ROOT / "streamgauge.toml", {"known_failure": known}),
     )
     folder = models.save(models.gpt2(2), tmp_path / "broken")
     (folder / "model.safetensors").write_bytes(b"no")

@@ -15,7 +15,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import streamgauge
-from streamgauge.checkpoint import open_checkpoint
+from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.errors import CheckpointError, NotMeasured, PromptError, UnknownModelError
 from tests import models
 from tests.conftest import Audit
@@ -37,7 +37,9 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 def word_tokenizer(folder: Path, words: list[str]) -> None:
     """A tokenizer of whole words."""
-    tokenizer = Tokenizer(tokenizer_models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    tokenizer = Tokenizer(
+        tokenizer_models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(folder)
 
@@ -64,7 +66,9 @@ def pickled(folder: Path) -> None:
 
 def unsupported(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "flux_capacitor", "architectures": ["Flux"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "flux_capacitor", "architectures": ["Flux"]})
+    )
 
 
 def not_causal(folder: Path) -> None:
@@ -88,16 +92,22 @@ def other_shape(folder: Path) -> None:
 
 def shard_missing(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+    )
 
 
 def shard_outside(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}})
+    )
 
 
 def index_beside_weights(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors"}})
+    )
 
 
 def index_of_another_kind(folder: Path) -> None:
@@ -107,7 +117,9 @@ def index_of_another_kind(folder: Path) -> None:
 
 def names_its_own_weights(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"transformers_weights": "other.safetensors"})
+    )
 
 
 def fewer_layers_than_weights(folder: Path) -> None:
@@ -136,7 +148,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("break_it", BROKEN, ids=lambda f: f.__name__)
-def test_broken_checkpoints_are_named_in_one_sentence(break_it: Callable[[Path], None], folder: Path, audit: Auditing) -> None:
+def test_broken_checkpoints_are_named_in_one_sentence(
+    break_it: Callable[[Path], None], folder: Path, audit: Auditing
+) -> None:
     break_it(folder)
     found = audit("--model", folder, "-k", "additivity")
     assert found.exit == 1
@@ -152,7 +166,9 @@ def test_unknown_model_is_a_usage_error(name: str, audit: Auditing) -> None:
     found = audit("--model", name)
     assert found.exit == 4
     assert repr(name) in found.output
-    assert ("there is no folder" if name[0] in "./" else "nearest catalogued names are gpt2") in found.output
+    assert (
+        "there is no folder" if name[0] in "./" else "nearest catalogued names are gpt2"
+    ) in found.output
     assert "Traceback" not in found.output
 
 
@@ -163,10 +179,15 @@ def test_a_name_that_selects_nothing_is_a_usage_error(option: str, audit: Auditi
     assert "'gtp2-xl'" in found.output and "gpt2-xl" in found.output
 
 
-def test_measure_knows_the_nearest_names(run_streamgauge: Callable[..., Any], tmp_path: Path) -> None:
+def test_measure_knows_the_nearest_names(
+    run_streamgauge: Callable[..., Any], tmp_path: Path
+) -> None:
     done = run_streamgauge("measure", "gpt2-xxl", "-o", tmp_path / "x.safetensors")
     assert done.returncode == 4
-    assert done.stderr.startswith("streamgauge: no model is called 'gpt2-xxl'") and "gpt2-xl" in done.stderr
+    assert (
+        done.stderr.startswith("streamgauge: no model is called 'gpt2-xxl'")
+        and "gpt2-xl" in done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -176,7 +197,10 @@ def test_unknown_device(folder: Path) -> None:
 
 
 def test_nothing_a_terminal_would_act_on_is_printed() -> None:
-    assert str(CheckpointError("a\x1b[31mb\nstreamgauge: 11 laws hold")) == r"a\x1b[31mb\nstreamgauge: 11 laws hold"
+    assert (
+        str(CheckpointError("a\x1b[31mb\nstreamgauge: 11 laws hold"))
+        == r"a\x1b[31mb\nstreamgauge: 11 laws hold"
+    )
 
 
 def test_report_that_cannot_be_written(folder: Path, tmp_path: Path, audit: Auditing) -> None:
@@ -185,16 +209,27 @@ def test_report_that_cannot_be_written(folder: Path, tmp_path: Path, audit: Audi
     assert found.exit == 4 and "the report" in found.output and "cannot be written" in found.output
 
 
-def test_two_checkpoints_of_one_name_stay_apart(sound: Path, tmp_path: Path, audit: Auditing) -> None:
+def test_two_checkpoints_of_one_name_stay_apart(
+    sound: Path, tmp_path: Path, audit: Auditing
+) -> None:
     for run in ("run0", "run1"):
         shutil.copytree(sound, tmp_path / run / "ckpt")
-    found = audit("--model", tmp_path / "run0" / "ckpt", "--model", tmp_path / "run1" / "ckpt", "-k", "integrity")
+    found = audit(
+        "--model",
+        tmp_path / "run0" / "ckpt",
+        "--model",
+        tmp_path / "run1" / "ckpt",
+        "-k",
+        "integrity",
+    )
     assert [row["model"] for row in found.rows] == ["ckpt", "run1/ckpt"]
     assert len({row["record"] for row in found.rows}) == 2
 
 
 def test_a_folders_name_lends_it_no_bands(sound: Path, tmp_path: Path, audit: Auditing) -> None:
-    found = audit("--model", shutil.copytree(sound, tmp_path / "gpt2"), "-k", "super_exponential or integrity")
+    found = audit(
+        "--model", shutil.copytree(sound, tmp_path / "gpt2"), "-k", "super_exponential or integrity"
+    )
     assert found.row("residual/super_exponential")["outcome"] == "not_applicable"
     assert found.row("weights/integrity")["reproduce"].endswith(f"--model {tmp_path / 'gpt2'}")
 
@@ -203,7 +238,9 @@ def test_one_token_prompts_are_too_short_to_measure_growth(tmp_path: Path, audit
     folder = models.save(models.gpt2(12), tmp_path / "deep")
     word_tokenizer(folder, ["<unk>", "word"])
     (tmp_path / "short.txt").write_text("word\nword\n")
-    found = audit("--model", folder, "--prompts", tmp_path / "short.txt", "-k", "growth_rate or integrity")
+    found = audit(
+        "--model", folder, "--prompts", tmp_path / "short.txt", "-k", "growth_rate or integrity"
+    )
     assert found.exit == 1 and found.row("residual/growth_rate")["outcome"] == "error"
     assert "use longer prompts" in found.row("residual/growth_rate")["reason"]
 
@@ -227,14 +264,18 @@ def test_missing_prompt_file(folder: Path, audit: Auditing, tmp_path: Path) -> N
 def test_prompt_longer_than_the_context(folder: Path, tmp_path: Path) -> None:
     word_tokenizer(folder, ["<unk>", "word"])
     (tmp_path / "long.txt").write_text("word\n" + "word " * 65)
-    with pytest.raises(PromptError, match="prompt 2 has 65 tokens, more than the model's context of 64"):
+    with pytest.raises(
+        PromptError, match="prompt 2 has 65 tokens, more than the model's context of 64"
+    ):
         streamgauge.measure(folder, prompts=tmp_path / "long.txt")
 
 
 def test_token_id_beyond_the_vocabulary(folder: Path, tmp_path: Path) -> None:
     word_tokenizer(folder, ["<unk>"] + [f"w{n}" for n in range(200)])
     (tmp_path / "prompts.txt").write_text("w5 w6\nw150 w2\n")
-    with pytest.raises(PromptError, match=r"prompt 2 holds token id 151, but the embedding has 97 rows"):
+    with pytest.raises(
+        PromptError, match=r"prompt 2 holds token id 151, but the embedding has 97 rows"
+    ):
         streamgauge.measure(folder, prompts=tmp_path / "prompts.txt")
 
 
@@ -266,7 +307,11 @@ def test_store_that_is_a_file(folder: Path, tmp_path: Path, audit: Auditing) -> 
     (tmp_path / "file").write_text("")
     found = audit("--model", folder, "--store", tmp_path / "file")
     assert found.exit == 4
-    assert "the store" in found.output and "cannot be written" in found.output and "--store" in found.output
+    assert (
+        "the store" in found.output
+        and "cannot be written" in found.output
+        and "--store" in found.output
+    )
 
 
 def test_missing_record_and_damaged_record(audit: Auditing, tmp_path: Path) -> None:
@@ -277,13 +322,22 @@ def test_missing_record_and_damaged_record(audit: Auditing, tmp_path: Path) -> N
 
 
 def test_a_misspelt_array_is_not_merely_not_applicable() -> None:
-    with pytest.raises(NotMeasured, match="no record has an array 'streams/attn_out'; the nearest names are stream/attn_out"):
+    with pytest.raises(
+        NotMeasured,
+        match="no record has an array 'streams/attn_out'; the nearest names are stream/attn_out",
+    ):
         sound_record().array("streams/attn_out")
 
 
-def test_rows_of_another_kind(run_streamgauge: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+def test_rows_of_another_kind(
+    run_streamgauge: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
     done = run_streamgauge("report", folder / "config.json", "-o", tmp_path / "page")
-    assert done.returncode == 1 and "is not the rows.jsonl of an audit" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "is not the rows.jsonl of an audit" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_an_audit_in_which_nothing_was_asserted_has_failed(audit: Auditing) -> None:
@@ -294,7 +348,9 @@ def test_an_audit_in_which_nothing_was_asserted_has_failed(audit: Auditing) -> N
 
 def test_laws_that_check_nothing_do_not_pass(audit: Auditing, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "test_nothing.py").write_text('"""Claim."""\n\ndef test_nothing(record):\n    pass\n')
+    (tmp_path / "mine" / "test_nothing.py").write_text(
+        '"""Claim."""\n\ndef test_nothing(record):\n    pass\n'
+    )
     found = audit("--model", folder, laws=str(tmp_path / "mine"))
     assert found.exit == 1
     assert found.row("mine/nothing")["outcome"] == "error"

@@ -1,4 +1,7 @@
-"""Weights stay in the files: what is computed is what the whole model computes, and no more than a few blocks are in memory."""
+"""Weights stay in the files:
+
+what is computed is what the whole model computes, and no more than a few blocks are in memory.
+"""
 
 import json
 import subprocess
@@ -13,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamgauge
-from streamgauge.blockwise import Blockwise
-from streamgauge.checkpoint import open_checkpoint
+from streamgauge.checkpoints.files import open_checkpoint
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.clean_runs import some_rows
+from streamgauge.engine.layout import probe_layout
+from streamgauge.engine.load import load_model
 from streamgauge.errors import CheckpointError, UnknownModelError
-from streamgauge.horizon import some_rows
-from streamgauge.model import load_model, probe_layout
-from streamgauge.prompts import Prompts
-from streamgauge.sampling import enough_prompts
+from streamgauge.groups.sampling import enough_prompts
+from streamgauge.numerics.rows import Prompts
 from tests import models
 
 IDS = torch.tensor([[1, *range(10 * k, 10 * k + 7)] for k in range(3)])
@@ -32,12 +36,21 @@ def opened(folder: Path) -> Blockwise:
 
 def _in_memory(model: Blockwise) -> list[torch.Tensor]:
     """Matrices of blocks that take more memory than one number."""
-    matrices = [p for block in model.blocks for p in block.parameters() if p.dim() > 1 and p.device.type != "meta"]
+    matrices = [
+        p
+        for block in model.blocks
+        for p in block.parameters()
+        if p.dim() > 1 and p.device.type != "meta"
+    ]
     return [p for p in matrices if p.untyped_storage().nbytes() > p.element_size()]
 
 
 NARROW = [(name, torch.bfloat16) for name in models.ARCHITECTURES]
-OTHERS = [(name, dtype) for name in ("gpt2", "gpt-neox-parallel", "gemma2") for dtype in (torch.float32, torch.float16)]
+OTHERS = [
+    (name, dtype)
+    for name in ("gpt2", "gpt-neox-parallel", "gemma2")
+    for dtype in (torch.float32, torch.float16)
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), NARROW + OTHERS)
@@ -45,9 +58,9 @@ OTHERS = [(name, dtype) for name in ("gpt2", "gpt-neox-parallel", "gemma2") for 
 def test_logits_are_the_whole_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     whole = models.random_model(name).to(dtype)
     model = opened(models.save(whole, tmp_path))
-    expected = models.tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")(
-        IDS
-    ).logits
+    expected = models.tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )(IDS).logits
     batch = models.run(model, IDS)
     torch.testing.assert_close(model.logits(IDS, batch.stream), expected, rtol=1e-5, atol=1e-5)
     direct = model.bridge(IDS, return_type="logits")
@@ -78,7 +91,9 @@ def test_a_file_of_two_dtypes_loses_nothing(narrow: torch.dtype, tmp_path: Path)
 
 def test_a_buffer_of_old_versions_does_not_widen_the_weights(tmp_path: Path) -> None:
     folder = models.save(models.random_model("llama").half(), tmp_path)
-    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors = load_file(folder / "model.safetensors") | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     mapped, unread = load_model(open_checkpoint(folder), "cpu")
     assert {t.dtype for t in mapped.stored.values()} == {torch.float16} and not unread
@@ -86,7 +101,9 @@ def test_a_buffer_of_old_versions_does_not_widen_the_weights(tmp_path: Path) -> 
 
 def test_an_unread_bias_is_not_taken_for_a_buffer(tmp_path: Path) -> None:
     folder = models.save(models.random_model("llama"), tmp_path)
-    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.c_attn.bias": torch.ones(4)}
+    tensors = load_file(folder / "model.safetensors") | {
+        "model.layers.0.self_attn.c_attn.bias": torch.ones(4)
+    }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert load_model(open_checkpoint(folder), "cpu")[1] == ["model.layers.0.self_attn.c_attn.bias"]
 
@@ -95,7 +112,10 @@ def test_changes_are_undone_when_something_fails() -> None:
     model = models.blockwise(models.random_model("gpt2"))
     with model.held(1) as block:
         before = block.mlp.W_in.clone()
-        with pytest.raises(ZeroDivisionError), model.mapped.changes(block.original_component) as use:
+        with (
+            pytest.raises(ZeroDivisionError),
+            model.mapped.changes(block.original_component) as use,
+        ):
             use(lambda name, values, rows: 2 * values)
             assert torch.equal(block.mlp.W_in, 2 * before)
             raise ZeroDivisionError
@@ -127,7 +147,12 @@ def test_horizons_keep_no_more_than_some_tokens() -> None:
 def test_masks_of_equal_batches_are_one() -> None:
     model = models.blockwise(models.random_model("llama"))
     masks = [
-        [x for x in model.enter(IDS).calls[0][1].values() if isinstance(x, torch.Tensor) and x.dim() == 4] for _ in range(2)
+        [
+            x
+            for x in model.enter(IDS).calls[0][1].values()
+            if isinstance(x, torch.Tensor) and x.dim() == 4
+        ]
+        for _ in range(2)
     ]
     assert masks[0] and all(one is other for one, other in zip(*masks, strict=True))
 
@@ -135,7 +160,9 @@ def test_masks_of_equal_batches_are_one() -> None:
 def test_what_the_configuration_says_of_dtypes_truncates_nothing(tmp_path: Path) -> None:
     models.save(models.random_model("llama"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
+    )
     tensors = load_file(tmp_path / "model.safetensors")
     for name, stored in load_model(open_checkpoint(tmp_path), "cpu")[0].stored.items():
         assert torch.equal(stored, tensors[name]), name
@@ -151,25 +178,34 @@ def test_a_stream_that_changes_between_blocks_is_refused() -> None:
 def _peak(folder: Path) -> int:
     """Of a measurement in a process of its own, which keeps nothing for later."""
     code = (
-        "import streamgauge.memory; from streamgauge import measure; streamgauge.memory.KEPT = streamgauge.memory.GROWN = 0; "
+        "from streamgauge import measure; from streamgauge.engine import memory; "
+        "memory.KEPT = memory.GROWN = 0; "
         f"print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)]
+)
 def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     width, peaks = 640, []
     for depth in (2, 18):
         config = models.ARCHITECTURES[name].config()
         config.update(
-            {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_key_value_heads": 4}
+            {
+                "hidden_size": width,
+                "intermediate_size": 4 * width,
+                "num_hidden_layers": depth,
+                "num_key_value_heads": 4,
+            }
         )
         model = models.tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
         peaks.append(_peak(models.save(model, tmp_path / str(depth))))
     block = 4 * 12 * width**2  # bytes in fp32, about: attention 4 width², MLP 8 or 12 width²
-    # Sixteen more blocks would be sixteen more if they were held, and four if only the copies of their fused tensors were.
+    # Sixteen more blocks would be sixteen more if they were held, and four if only the copies of
+    # their fused tensors were.
     assert peaks[1] - peaks[0] < 3 * block
 
 
@@ -177,7 +213,11 @@ def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:
     folder = models.save(models.gpt2(3), tmp_path)
     rows = Prompts([[1, 5, 9, 11, 12, 13, 14, 15]] * 2, "test", 1)
     record = streamgauge.measure(folder, rows=rows, groups=["weights", "stream"])
-    assert {name.split("/")[0] for name in record.arrays} == {"stream", "weights"} == set(record.groups)
+    assert (
+        {name.split("/")[0] for name in record.arrays}
+        == {"stream", "weights"}
+        == set(record.groups)
+    )
     whole = streamgauge.measure(folder, rows=rows, known=record)
     np.testing.assert_array_equal(whole.resid_pre, record.resid_pre)
     assert set(whole.groups) > set(record.groups)
@@ -189,11 +229,15 @@ def test_a_record_says_what_it_cost(tmp_path: Path) -> None:
     said = streamgauge.measure(models.save(models.gpt2(3), tmp_path)).metadata
     assert 0 < sum(said["seconds_by_part"].values()) <= said["seconds"] + 0.1
     assert {"loading", "prompts", "weights", "horizon"} <= set(said["seconds_by_part"])
-    assert said["peak_private_bytes"] > 10**7 and (said["read_bytes"] is None or said["read_bytes"] >= 0)
+    assert said["peak_private_bytes"] > 10**7 and (
+        said["read_bytes"] is None or said["read_bytes"] >= 0
+    )
 
 
 @pytest.mark.parametrize(("precision", "fewer"), [(0.5, True), (1e-9, False)])
-def test_sampling_stops_when_the_growth_rate_is_known(precision: float, fewer: bool, tmp_path: Path) -> None:
+def test_sampling_stops_when_the_growth_rate_is_known(
+    precision: float, fewer: bool, tmp_path: Path
+) -> None:
     folder = models.save(models.planted_gpt2(1.05), tmp_path)
     rng = np.random.default_rng(0)
     rows = Prompts([[1, *rng.integers(4, 90, 12).tolist()] for _ in range(20)], "20 prompts", 1)
@@ -210,7 +254,9 @@ def test_an_interval_takes_several_prompts_of_several_tokens(texts: int, kept: i
     model = models.blockwise(models.planted_gpt2(1.05))
     rng = np.random.default_rng(0)
     rows = [[1]] * 30 + [[1, *rng.integers(4, 90, 12).tolist()] for _ in range(texts)]
-    drawn, reached = enough_prompts(model, probe_layout(model), Prompts(rows, "rows", 1), 0.5, show=False)
+    drawn, reached = enough_prompts(
+        model, probe_layout(model), Prompts(rows, "rows", 1), 0.5, show=False
+    )
     assert len(drawn.rows) == kept and (reached["reached"] is None) == (texts == 1)
     assert sum(len(row) > 1 for row in drawn.rows) == min(texts, 8)
 

@@ -1,4 +1,6 @@
-"""The bundled model is what its card says, and the records of its training show the growth appear."""
+"""The bundled model is what its card says, and the records of its training show the growth
+appear.
+"""
 
 import json
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from fixtures import catalogue
-from streamgauge.prompts import read_prompts
+from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.record import Record
 from tests.conftest import ROOT, Audit
 
@@ -73,8 +75,13 @@ def test_the_trigram_model_is_a_fair_one(recipe: Any) -> None:
 
 
 def test_growth_appears_in_training() -> None:
-    records = {step: Record.load(BUNDLED / "history" / f"step-{step:05d}.safetensors") for step in STEPS}
-    last_over_first = {step: record.text_resid.mean(1)[-1] / record.text_resid.mean(1)[0] for step, record in records.items()}
+    records = {
+        step: Record.load(BUNDLED / "history" / f"step-{step:05d}.safetensors") for step in STEPS
+    }
+    last_over_first = {
+        step: record.text_resid.mean(1)[-1] / record.text_resid.mean(1)[0]
+        for step, record in records.items()
+    }
     assert last_over_first[0] < 5 < 20 < last_over_first[STEPS[-1]]
     ov = {step: record.array("weights/W_OV_frobenius").mean(1) for step, record in records.items()}
     assert ov[0].max() / ov[0].min() < 1.2 and ov[STEPS[-1]][-1] > 2 * ov[STEPS[-1]][1]

@@ -1,4 +1,7 @@
-"""Every phenomenon of the sources has its law: the list by name, so that none is lost when files move."""
+"""Every phenomenon of the sources has its law:
+
+the list by name, so that none is lost when files move.
+"""
 
 from typing import Any
 
@@ -31,7 +34,11 @@ COVERED = {
     "attention: amplification bound": ["attention/amplification_bound"],
     "MLP: random-input growth": ["mlp/random_input_growth"],
     "MLP: component norms": ["mlp/component_norms"],
-    "MLP: activation rate": ["mlp/activation_rate", "mlp/random_activation_rate", "mlp/resampled_activation_rate"],
+    "MLP: activation rate": [
+        "mlp/activation_rate",
+        "mlp/random_activation_rate",
+        "mlp/resampled_activation_rate",
+    ],
     "MLP: hidden structure": ["mlp/hidden_structure"],
     "weights: writing grows, reading does not": ["weights/writing_grows", "weights/reading_stays"],
     "weights: embedding norm": ["weights/embedding_norm"],
@@ -45,7 +52,10 @@ COVERED = {
     "depth: earlier outputs fade": ["depth/earlier_outputs_fade"],
     "attention: causality": ["attention/causality"],
     "predictions: better than counting": ["predictions/beats_unigram"],
-    "regression: a baseline": [f"regression/{kind}" for kind in ("config", "weights", "norms", "activations", "predictions")],
+    "regression: a baseline": [
+        f"regression/{kind}"
+        for kind in ("config", "weights", "norms", "activations", "predictions")
+    ],
     "depth: layer horizon": ["depth/layer_horizon", "depth/loss_falls_with_horizon"],
     "depth: sublayer effect": ["depth/effect_bound"],
     "depth: update norms": ["depth/update_norms_rise"],

@@ -1,4 +1,6 @@
-"""Horizons and sublayer effects agree with a slow reference that patches plain Hugging Face modules by hand."""
+"""Horizons and sublayer effects agree with a slow reference that patches plain Hugging Face modules
+by hand.
+"""
 
 import gc
 from typing import Any
@@ -7,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from streamgauge.blockwise import Blockwise
-from streamgauge.forward import PromptRun
-from streamgauge.horizon import CleanRuns, Horizons, Variant, all_variants, default_grid
-from streamgauge.model import probe_layout
-from streamgauge.prompts import Prompts
-from streamgauge.sublayer_effect import STRIDE, SublayerEffects
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.clean_runs import CleanRuns
+from streamgauge.engine.forward import PromptRun
+from streamgauge.engine.layout import probe_layout
+from streamgauge.groups.horizon import Horizons
+from streamgauge.groups.sublayer_effect import STRIDE, SublayerEffects
+from streamgauge.numerics.horizons import Variant, all_variants, default_grid
+from streamgauge.numerics.rows import Prompts
 from tests import models
 
 ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
@@ -20,7 +24,9 @@ NAMES = ["gpt2", "gpt-neox-parallel", "gpt-j", "llama", "gemma2", "opt"]
 
 
 class ByHand:
-    """A model whose block inputs are replaced through plain forward hooks; every layer is run every time."""
+    """A model whose block inputs are replaced through plain forward hooks; every layer is run every
+    time.
+    """
 
     def __init__(self, name: str, model: Any = None) -> None:
         self.model = model or models.random_model(name)
@@ -36,8 +42,12 @@ class ByHand:
         mean[:, 0], mean[:, 1:] = x[:, 0].mean(0), x[:, 1:].mean((0, 1))
         return mean
 
-    def _run(self, change: Any, at_end: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Embedding, outputs of all blocks, logits; block inputs go through `change`, the last output through `at_end`."""
+    def _run(
+        self, change: Any, at_end: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Embedding, outputs of all blocks, logits; block inputs go through `change`, the last
+        output through `at_end`.
+        """
         inputs: list[torch.Tensor] = []
         self.written: list[torch.Tensor] = []
         first: list[torch.Tensor] = []
@@ -75,7 +85,11 @@ class ByHand:
         def stream(layer: int, outputs: list[torch.Tensor]) -> torch.Tensor:
             within = sum(outputs[max(layer - k, 0) : layer], torch.zeros_like(self.embedding))
             gone = sum(self.mean_outputs[: max(layer - k, 0)], torch.zeros_like(self.embedding))
-            embedding = self.embedding if variant.embedding == "kept" else self.mean_embedding * (variant.fill == "mean")
+            embedding = (
+                self.embedding
+                if variant.embedding == "kept"
+                else self.mean_embedding * (variant.fill == "mean")
+            )
             return within + embedding + gone * (variant.fill == "mean")
 
         def is_cut(layer: int) -> bool:
@@ -89,7 +103,11 @@ class ByHand:
             return stream(layer, self.outputs if variant.streams == "clean" else self.written)
 
         def at_end(x: torch.Tensor) -> torch.Tensor:
-            return stream(depth, self.written) if is_cut(depth) else self.embedding + sum(self.written, torch.zeros_like(x))
+            return (
+                stream(depth, self.written)
+                if is_cut(depth)
+                else self.embedding + sum(self.written, torch.zeros_like(x))
+            )
 
         logits = self._run(change, at_end)[2].double()
         odds = logits[:, :-1].log_softmax(-1).gather(2, self.ids[:, 1:, None])[..., 0]
@@ -123,19 +141,30 @@ def test_every_variant_agrees_with_patching_by_hand(name: str) -> None:
     variants = all_variants(first=2)
     arrays = _horizons(model, prompts, variants)
     by_hand = ByHand(name)
-    np.testing.assert_allclose(arrays["clean_loss"], by_hand.loss(Variant(), layout.n_layers + 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        arrays["clean_loss"], by_hand.loss(Variant(), layout.n_layers + 1), rtol=1e-5
+    )
     for variant in variants:
         for number, k in enumerate(arrays["k"]):
             found = arrays[f"loss.{variant.name}"][number]
-            np.testing.assert_allclose(found, by_hand.loss(variant, int(k)), rtol=1e-4, err_msg=f"{name} {variant.name} {k}")
+            np.testing.assert_allclose(
+                found,
+                by_hand.loss(variant, int(k)),
+                rtol=1e-4,
+                err_msg=f"{name} {variant.name} {k}",
+            )
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_shallow_models_are_cut_too(n_layers: int) -> None:
-    arrays = _horizons(models.blockwise(models.gpt2(n_layers)), Prompts(ROWS, "test", 1), [Variant()])
+    arrays = _horizons(
+        models.blockwise(models.gpt2(n_layers)), Prompts(ROWS, "test", 1), [Variant()]
+    )
     by_hand = ByHand("gpt2", models.gpt2(n_layers))
     for found, k in zip(arrays[f"loss.{Variant().name}"], arrays["k"], strict=True):
-        np.testing.assert_allclose(found, by_hand.loss(Variant(), int(k)), rtol=1e-4, err_msg=str(k))
+        np.testing.assert_allclose(
+            found, by_hand.loss(Variant(), int(k)), rtol=1e-4, err_msg=str(k)
+        )
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
@@ -156,9 +185,14 @@ def test_the_default_grid_costs_less_than_eight_forward_passes() -> None:
         assert sum(max(0, 1 - k / n_layers) for k in grid if k > 0) <= 6.51
 
 
-FINAL = {"gpt2": ("transformer.ln_f", "lm_head"), "gpt-neox-parallel": ("gpt_neox.final_layer_norm", "lm_head"),
-         "gpt-j": ("transformer.ln_f", "lm_head"), "llama": ("model.norm", "lm_head"), "gemma2": ("model.norm", "lm_head"),
-         "opt": ("model.decoder.final_layer_norm", "lm_head")}  # fmt: skip
+FINAL = {
+    "gpt2": ("transformer.ln_f", "lm_head"),
+    "gpt-neox-parallel": ("gpt_neox.final_layer_norm", "lm_head"),
+    "gpt-j": ("transformer.ln_f", "lm_head"),
+    "llama": ("model.norm", "lm_head"),
+    "gemma2": ("model.norm", "lm_head"),
+    "opt": ("model.decoder.final_layer_norm", "lm_head"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,17 +223,24 @@ def test_sublayer_effect_agrees_with_full_logits(name: str) -> None:
         without = predictions(norm(clean - output))
         kl = (full.exp() * (full - without)).sum(-1).reshape(-1)
         loss = (full - without).gather(2, ids[:, chosen + 1, None]).reshape(-1)
-        np.testing.assert_allclose(found[f"{kind}_kl"][layer], kl, atol=1e-5, err_msg=f"{name} {kind} {layer}")
+        np.testing.assert_allclose(
+            found[f"{kind}_kl"][layer], kl, atol=1e-5, err_msg=f"{name} {kind} {layer}"
+        )
         np.testing.assert_allclose(found[f"{kind}_loss"][layer], loss, atol=1e-5)
-        # Frozen: the norm's own arithmetic on an input whose size the last coordinates cannot change.
+        # Frozen: the norm's own arithmetic on an input whose size the last coordinates cannot
+        # change.
         own = output - output.mean(-1, keepdim=True) if layout.centres else output
         gained = norm(clean) - norm(torch.zeros_like(clean))
         frozen = predictions(norm(clean) - torch.where(centred != 0, gained / centred, 0) * own)
         np.testing.assert_allclose(
-            found[f"{kind}_frozen_kl"][layer], (full.exp() * (full - frozen)).sum(-1).reshape(-1), atol=1e-4
+            found[f"{kind}_frozen_kl"][layer],
+            (full.exp() * (full - frozen)).sum(-1).reshape(-1),
+            atol=1e-4,
         )
         np.testing.assert_allclose(
-            found[f"{kind}_size"][layer], (own.double().norm(dim=-1) / scale[..., 0])[:, chosen].reshape(-1), rtol=1e-5
+            found[f"{kind}_size"][layer],
+            (own.double().norm(dim=-1) / scale[..., 0])[:, chosen].reshape(-1),
+            rtol=1e-5,
         )
     shares = sum(found[f"{kind}_share"].sum(0) for kind in ("attn", "mlp"))
     embedding = clean - sum(outputs.values())
@@ -220,7 +261,9 @@ def test_taking_out_a_sublayer_that_writes_nothing_changes_nothing() -> None:
         assert (found[name][[0, 2]] != 0).all()
 
 
-def test_memory_holds_a_window_for_each_horizon_and_one_variant_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_a_window_for_each_horizon_and_one_variant_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, layout, prompts = _measured("gpt2")
     live: list[int] = []
     step = Blockwise.step
@@ -240,6 +283,7 @@ def test_memory_holds_a_window_for_each_horizon_and_one_variant_at_a_time(monkey
         peaks.append(max(live) - live[0])
     one_stream, depth = 4 * len(ROWS) * len(ROWS[0]) * layout.d_model, layout.n_layers
     windows = sum(min(k + 1, depth - k + 1) for k in default_grid(depth) if 0 < k <= depth)
-    # Clean streams, what each horizon still looks back at, and what the block at work reads of all of them at once.
+    # Clean streams, what each horizon still looks back at, and what the block at work reads of all
+    # of them at once.
     assert peaks[0] < (depth + 1 + windows + 2 * depth) * one_stream
     assert peaks[1] - peaks[0] < 2 * one_stream

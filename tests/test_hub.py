@@ -32,7 +32,9 @@ class _Hub(BaseHTTPRequestHandler):
             return self._json()
         name = path.rsplit("/", 1)[-1]
         if path.startswith(f"/{REPOSITORY}/resolve/") and name in self.files:
-            return self._send(self.files[name], {"ETag": f'"{hashlib.sha256(self.files[name]).hexdigest()}"'})
+            return self._send(
+                self.files[name], {"ETag": f'"{hashlib.sha256(self.files[name]).hexdigest()}"'}
+            )
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", "0")
@@ -40,14 +42,25 @@ class _Hub(BaseHTTPRequestHandler):
         return None
 
     def _json(self) -> None:
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
-        entries = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.files.items()]
-        answer = entries if "/tree/" in self.path else {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+        siblings = [
+            {"rfilename": name, "size": len(content)} for name, content in self.files.items()
+        ]
+        entries = [
+            {"type": "file", "path": n, "size": len(c), "oid": "0" * 40}
+            for n, c in self.files.items()
+        ]
+        answer = (
+            entries
+            if "/tree/" in self.path
+            else {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+        )
         self._send(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send(self, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(200)
-        for name, value in ({"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))} | headers).items():
+        for name, value in (
+            {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))} | headers
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -61,7 +74,9 @@ class _Hub(BaseHTTPRequestHandler):
 def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """The address of a stand-in hub with one repository, and what it was asked."""
     folder = models.save(models.gpt2(3), tmp_path / "published")
-    content = {path.name: path.read_bytes() for path in folder.iterdir()} | {"training.bin": b"\0" * 1000}
+    content = {path.name: path.read_bytes() for path in folder.iterdir()} | {
+        "training.bin": b"\0" * 1000
+    }
     handler = type("Hub", (_Hub,), {"files": content, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -78,10 +93,20 @@ def _environment(address: str, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_a_named_model_is_fetched_once(hub: tuple[str, list[str]], run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_named_model_is_fetched_once(
+    hub: tuple[str, list[str]], run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
     address, asked = hub
     environment = _environment(address, tmp_path)
-    arguments = ["invariants", "--model", REPOSITORY, "--store", tmp_path / "store", "-m", "theorem"]
+    arguments = [
+        "invariants",
+        "--model",
+        REPOSITORY,
+        "--store",
+        tmp_path / "store",
+        "-m",
+        "theorem",
+    ]
     done = run_pytest(*arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert any("model.safetensors" in path for path in asked)
@@ -91,8 +116,18 @@ def test_a_named_model_is_fetched_once(hub: tuple[str, list[str]], run_pytest: C
     assert again.returncode == 0 and not asked
 
 
-def test_a_model_the_hub_does_not_have(hub: tuple[str, list[str]], run_pytest: Callable[..., Any], tmp_path: Path) -> None:
-    arguments = ["invariants", "--model", "somebody/absent", "--store", tmp_path / "store", "-k", "additivity"]
+def test_a_model_the_hub_does_not_have(
+    hub: tuple[str, list[str]], run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    arguments = [
+        "invariants",
+        "--model",
+        "somebody/absent",
+        "--store",
+        tmp_path / "store",
+        "-k",
+        "additivity",
+    ]
     done = run_pytest(*arguments, **_environment(hub[0], tmp_path))
     assert done.returncode == 1
     assert "the hub has no somebody/absent" in done.stdout and "Traceback" not in done.stdout
@@ -103,11 +138,16 @@ def test_a_hub_out_of_reach_is_never_green(run_pytest: Callable[..., Any], tmp_p
     for name in (["-k", "gpt2-xl and additivity"], ["--model", "gpt2-xl", "-k", "additivity"]):
         done = run_pytest(*name, "--store", tmp_path / "store", **environment)
         assert done.returncode == 1, done.stdout
-    assert "could not be measured: the hub could not be reached for openai-community/gpt2-xl" in done.stdout
+    assert (
+        "could not be measured: the hub could not be reached for openai-community/gpt2-xl"
+        in done.stdout
+    )
     assert "Traceback" not in done.stdout
 
 
-def test_models_that_are_not_here_are_left_alone(run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+def test_models_that_are_not_here_are_left_alone(
+    run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
     environment = _environment("http://127.0.0.1:9", tmp_path)
     chosen = run_pytest("--collect-only", "-q", **environment).stdout
     assert "[pystdlib-3m]" in chosen and "gpt2" not in chosen
@@ -121,6 +161,13 @@ def test_a_model_in_the_cache_needs_no_name(run_pytest: Callable[..., Any], tmp_
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text(COMMIT)
-    done = run_pytest("-k", "additivity", "--store", tmp_path / "store", "-v", **_environment("http://127.0.0.1:9", tmp_path))
+    done = run_pytest(
+        "-k",
+        "additivity",
+        "--store",
+        tmp_path / "store",
+        "-v",
+        **_environment("http://127.0.0.1:9", tmp_path),
+    )
     assert done.returncode == 0, done.stdout
     assert "test_additivity[pythia-14m] PASSED" in done.stdout

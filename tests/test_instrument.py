@@ -1,4 +1,6 @@
-"""What is measured agrees with plain Hugging Face hooks and with TransformerLens's compatibility mode."""
+"""What is measured agrees with plain Hugging Face hooks and with TransformerLens's compatibility
+mode.
+"""
 
 from typing import Any
 
@@ -7,16 +9,16 @@ import pytest
 import torch
 
 import streamgauge
-from streamgauge.checkpoint import open_checkpoint
-from streamgauge.convention import centre, ov_norms, random_inputs
-from streamgauge.forward import PromptRun, walk
-from streamgauge.matrices import Matrices
-from streamgauge.model import build_bridge, probe_layout, probe_norm, run_mlp
-from streamgauge.neurons import NeuronMeter
-from streamgauge.prompts import Prompts
-from streamgauge.random_input import RandomInputGroup
-from streamgauge.stream import StreamMeter
-from streamgauge.weights import WeightsGroup
+from streamgauge.checkpoints.files import open_checkpoint, tensor_reader
+from streamgauge.engine.bridge import build_bridge
+from streamgauge.engine.forward import PromptRun, walk
+from streamgauge.engine.layout import probe_layout, probe_norm, run_mlp
+from streamgauge.groups.random_input import EarlyInputs, RandomInputGroup
+from streamgauge.groups.stream import StreamMeter
+from streamgauge.groups.weights import WeightsGroup
+from streamgauge.numerics.convention import centre, ov_norms, random_inputs
+from streamgauge.numerics.matrices import Matrices
+from streamgauge.numerics.rows import Prompts
 from tests import models
 
 ROWS = [[1, *range(10 * k, 10 * k + 7)] for k in range(4)]
@@ -58,18 +60,36 @@ def compatible(name: str) -> Any:
 def test_weights_and_biases_agree_with_compatibility_mode(name: str) -> None:
     _, weights, layout = measured(name)
     for n, block in enumerate(compatible(name).blocks):
-        for kind in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_O", "W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out"):
+        for kind in (
+            "W_Q",
+            "W_K",
+            "W_V",
+            "W_O",
+            "b_Q",
+            "b_K",
+            "b_O",
+            "W_in",
+            "W_gate",
+            "W_out",
+            "b_in",
+            "b_gate",
+            "b_out",
+        ):
             oracle = getattr(block.attn if kind[-1] in "QKVO" else block.mlp, kind, None)
             if oracle is None or kind not in weights:
                 continue
             rows = oracle.detach().double().reshape(weights[kind][n].size, -1).norm(dim=1)
-            np.testing.assert_allclose(weights[kind][n].ravel(), rows, rtol=1e-5, atol=1e-7, err_msg=f"{name} {kind} {n}")
+            np.testing.assert_allclose(
+                weights[kind][n].ravel(), rows, rtol=1e-5, atol=1e-7, err_msg=f"{name} {kind} {n}"
+            )
         if "W_in_W_out" in weights:
             W_in, W_out = block.mlp.W_in.detach().double(), block.mlp.W_out.detach().double()
             np.testing.assert_allclose(weights["W_in_W_out"][n], (W_in @ W_out).norm(), rtol=1e-5)
             if block.mlp.b_in is not None:
                 b_in = block.mlp.b_in.detach().double()
-                np.testing.assert_allclose(weights["b_in_W_out"][n], (b_in @ W_out).norm(), rtol=1e-5)
+                np.testing.assert_allclose(
+                    weights["b_in_W_out"][n], (b_in @ W_out).norm(), rtol=1e-5
+                )
     assert {"W_in", "W_out"} <= set(weights) or not layout.has_neurons
 
 
@@ -78,18 +98,26 @@ def test_raw_norms_are_the_files(name: str) -> None:
     _, weights, layout = measured(name)
     model = build_bridge(models.random_model(name))
     for n, block in enumerate(model.blocks):
-        for kind in ("W_Q", "W_K", "W_V", "W_O") + (("W_in", "W_out") if layout.has_neurons else ()):
+        for kind in ("W_Q", "W_K", "W_V", "W_O") + (
+            ("W_in", "W_out") if layout.has_neurons else ()
+        ):
             own = getattr(block.attn if kind[-1] in "QKVO" else block.mlp, kind).detach().double()
-            np.testing.assert_allclose(np.linalg.norm(weights[f"{kind}_raw"][n]), own.norm(), rtol=1e-12)
+            np.testing.assert_allclose(
+                np.linalg.norm(weights[f"{kind}_raw"][n]), own.norm(), rtol=1e-12
+            )
 
 
 @pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in REFUSED])
 def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
     model = models.blockwise(models.random_model(name))
     layout = probe_layout(model)
-    found, _ = models.measure_group(model, RandomInputGroup(model, layout, NeuronMeter(layout, Prompts(ROWS, "test", 1)), None))
+    found, _ = models.measure_group(
+        model, RandomInputGroup(model, layout, EarlyInputs(layout), None)
+    )
     oracle = compatible(name)
-    x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[:, None]
+    x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[
+        :, None
+    ]
     for n, block in enumerate(oracle.blocks):
         W_V, W_O = block.attn.W_V, block.attn.W_O
         attn = sum(x @ W_V[h // (len(W_O) // len(W_V))] @ W_O[h] for h in range(len(W_O)))
@@ -100,8 +128,13 @@ def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
         for kind, answers in expected.items():
             norms = answers.detach().double().norm(dim=-1).numpy()
             error = np.hypot(found[f"{kind}_error"][n], norms.std() / np.sqrt(norms.size))
-            # Two independent samples: five standard errors, a false alarm in two million. Folding leaves fp32 rounding.
-            assert abs(found[f"{kind}_norm"][n] - norms.mean()) < 5 * error + 1e-5 * norms.mean(), (name, kind, n)
+            # Two independent samples: five standard errors, a false alarm in two million. Folding
+            # leaves fp32 rounding.
+            assert abs(found[f"{kind}_norm"][n] - norms.mean()) < 5 * error + 1e-5 * norms.mean(), (
+                name,
+                kind,
+                n,
+            )
 
 
 @pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n not in REFUSED])
@@ -112,19 +145,28 @@ def test_agrees_with_compatibility_mode(name: str) -> None:
     with torch.no_grad():
         cache = bridge.run_with_cache(IDS)[1]
     for kind in kinds:
-        found = [cache[f"blocks.{n}.hook_{kind}"].reshape(len(IDS) * IDS.shape[1], -1) for n in range(layout.n_layers)]
+        found = [
+            cache[f"blocks.{n}.hook_{kind}"].reshape(len(IDS) * IDS.shape[1], -1)
+            for n in range(layout.n_layers)
+        ]
         expected = torch.stack(found).double().norm(dim=-1).numpy()
         np.testing.assert_allclose(stream[kind], expected, rtol=1e-5, err_msg=f"{name} {kind}")
     for n, block in enumerate(bridge.blocks):
         W_V, W_O = block.attn.W_V.detach().double(), block.attn.W_O.detach().double()
         dense = W_V.repeat_interleave(len(W_O) // len(W_V), 0) @ W_O
         np.testing.assert_allclose(weights["W_OV_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6)
-        np.testing.assert_allclose(weights["W_OV_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6)
+        np.testing.assert_allclose(
+            weights["W_OV_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6
+        )
         if "W_QK_spectral" in weights:
             W_Q, W_K = block.attn.W_Q.detach().double(), block.attn.W_K.detach().double()
             dense = W_Q @ W_K.repeat_interleave(len(W_Q) // len(W_K), 0).transpose(1, 2)
-            np.testing.assert_allclose(weights["W_QK_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6)
-            np.testing.assert_allclose(weights["W_QK_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6)
+            np.testing.assert_allclose(
+                weights["W_QK_frobenius"][n], dense.norm(dim=(1, 2)), rtol=1e-6
+            )
+            np.testing.assert_allclose(
+                weights["W_QK_spectral"][n], torch.linalg.matrix_norm(dense, 2), rtol=1e-6
+            )
     assert ("W_QK_spectral" in weights) == (name not in ("qwen3", "gemma3"))
 
 
@@ -132,10 +174,12 @@ def test_agrees_with_compatibility_mode(name: str) -> None:
 def test_files_hold_the_matrices_that_were_measured(name: str, tmp_path: Any) -> None:
     models.save(models.random_model(name), tmp_path)
     record = streamgauge.measure(tmp_path)
-    matrices = Matrices(open_checkpoint(tmp_path), record)
+    matrices = Matrices(tensor_reader(open_checkpoint(tmp_path)), record)
     for layer in range(record.n_layers):
         frobenius, _ = ov_norms(matrices.W_V(layer), matrices.W_O(layer))
-        np.testing.assert_allclose(frobenius, record.array("weights/W_OV_frobenius")[layer], rtol=1e-12)
+        np.testing.assert_allclose(
+            frobenius, record.array("weights/W_OV_frobenius")[layer], rtol=1e-12
+        )
 
 
 def test_stored_bf16_is_measured_in_fp32(tmp_path: Any) -> None:
@@ -145,14 +189,18 @@ def test_stored_bf16_is_measured_in_fp32(tmp_path: Any) -> None:
     bf16, fp32 = streamgauge.measure(tmp_path / "bf16"), streamgauge.measure(tmp_path / "fp32")
     assert (bf16.metadata["stored_dtype"], fp32.metadata["stored_dtype"]) == ("BF16", "F32")
     np.testing.assert_array_equal(bf16.resid_pre, fp32.resid_pre)
-    matrices = Matrices(open_checkpoint(tmp_path / "bf16"), bf16)
+    matrices = Matrices(tensor_reader(open_checkpoint(tmp_path / "bf16")), bf16)
     np.testing.assert_allclose(
-        ov_norms(matrices.W_V(1), matrices.W_O(1))[0], fp32.array("weights/W_OV_frobenius")[1], rtol=1e-12
+        ov_norms(matrices.W_V(1), matrices.W_O(1))[0],
+        fp32.array("weights/W_OV_frobenius")[1],
+        rtol=1e-12,
     )
 
 
 def test_post_norm_blocks_are_said_to_be_so(tmp_path: Any) -> None:
-    config = models.tf.OPTConfig(**models.LLAMA, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)
+    config = models.tf.OPTConfig(
+        **models.LLAMA, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False
+    )
     record = streamgauge.measure(models.save(models.tf.OPTForCausalLM(config).float(), tmp_path))
     with pytest.raises(streamgauge.errors.NotApplicable, match="post-norm"):
         record.array("stream/additivity_error")
@@ -162,11 +210,23 @@ def test_post_norm_blocks_are_said_to_be_so(tmp_path: Any) -> None:
 
 def test_without_heads_of_its_own_the_stream_is_measured_still(tmp_path: Any) -> None:
     config = models.tf.DeepseekV3Config(
-        **models.LLAMA, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        **models.LLAMA,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
         first_k_dense_replace=1,
-    )  # fmt: skip
-    record = streamgauge.measure(models.save(models.tf.DeepseekV3ForCausalLM(config).float().eval(), tmp_path))
+    )
+    record = streamgauge.measure(
+        models.save(models.tf.DeepseekV3ForCausalLM(config).float().eval(), tmp_path)
+    )
     assert record.resid_pre.shape[0] == 3
     with pytest.raises(streamgauge.errors.NotApplicable, match="shows no W_V and W_O"):
         record.array("weights/W_OV_frobenius")
@@ -181,7 +241,9 @@ def test_gains_are_found_at_any_width() -> None:
         torch.nn.init.normal_(norm.bias)
         gain, bias, centres = probe_norm(norm, width)
         assert centres
-        np.testing.assert_allclose(gain, norm.weight.detach(), rtol=1e-6, atol=1e-6)  # output minus bias, in fp32
+        np.testing.assert_allclose(
+            gain, norm.weight.detach(), rtol=1e-6, atol=1e-6
+        )  # output minus bias, in fp32
         np.testing.assert_allclose(bias, norm.bias.detach(), rtol=1e-6)
     assert not probe_norm(torch.nn.RMSNorm(32), 32)[2]
 
@@ -206,9 +268,11 @@ def test_shards_and_one_file_give_the_same_record(tmp_path: Any) -> None:
     sharded = streamgauge.measure(tmp_path / "sharded")
     single = streamgauge.measure(models.save(model, tmp_path / "single"))
     np.testing.assert_array_equal(sharded.resid_pre, single.resid_pre)
-    matrices = Matrices(open_checkpoint(tmp_path / "sharded"), sharded)
+    matrices = Matrices(tensor_reader(open_checkpoint(tmp_path / "sharded")), sharded)
     np.testing.assert_allclose(
-        ov_norms(matrices.W_V(1), matrices.W_O(1))[0], single.array("weights/W_OV_frobenius")[1], rtol=1e-12
+        ov_norms(matrices.W_V(1), matrices.W_O(1))[0],
+        single.array("weights/W_OV_frobenius")[1],
+        rtol=1e-12,
     )
 
 
@@ -217,22 +281,29 @@ def test_the_closed_form_of_the_mlp_is_what_the_block_adds(name: str) -> None:
     model = models.blockwise(models.random_model(name))
     layout = probe_layout(model)
     seen: dict[str, torch.Tensor] = {}
-    hooks = [(f"blocks.1.{h}", lambda x, hook, h=h: seen.__setitem__(h, x.clone())) for h in ("mlp.hook_in", "hook_mlp_out")]
+    hooks = [
+        (f"blocks.1.{h}", lambda x, hook, h=h: seen.__setitem__(h, x.clone()))
+        for h in ("mlp.hook_in", "hook_mlp_out")
+    ]
     with torch.no_grad(), model.held(1) as block:
         models.run(model, IDS, hooks)
         answer = run_mlp(block, layout, seen["mlp.hook_in"])
-    torch.testing.assert_close(answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_rounding_leaves_the_weights_as_they_were(name: str) -> None:
-    from streamgauge.rounding import rounding_group
+    from streamgauge.groups.rounding import rounding_group
 
     model = models.blockwise(models.random_model(name))
     before = {key: value.clone() for key, value in model.mapped.stored.items()}
     with torch.no_grad():
         batch = models.run(model, IDS)
-        rounding = rounding_group(model, probe_layout(model), Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1))
+        rounding = rounding_group(
+            model, probe_layout(model), Prompts([[1, 2, 3, 4, 5, 6]] * 4, "test", 1)
+        )
         arrays, _ = models.measure_group(model, rounding)
         again = models.run(model, IDS)
         assert torch.equal(again.stream, batch.stream)

@@ -1,4 +1,7 @@
-"""Each law holds where it should and fails where it should: its negative controls, and random weights."""
+"""Each law holds where it should and fails where it should:
+
+its negative controls, and random weights.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +13,10 @@ import torch
 
 import streamgauge
 from fixtures import catalogue
-from streamgauge import checkpoint as checkpoints
-from streamgauge.horizon import DEFAULT
+from streamgauge.checkpoints import files as checkpoints
 from streamgauge.laws import laws
-from streamgauge.prompts import Prompts
+from streamgauge.numerics.horizons import DEFAULT
+from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
@@ -54,13 +57,16 @@ def _without_fall() -> Record:
 def _heads_reversed(n_layers: int) -> Record:
     record = sound_record(n_layers=n_layers)
     return Record(
-        record.arrays | {"weights/W_OV_frobenius": record.array("weights/W_OV_frobenius")[::-1].copy()}, record.metadata
+        record.arrays
+        | {"weights/W_OV_frobenius": record.array("weights/W_OV_frobenius")[::-1].copy()},
+        record.metadata,
     )
 
 
 def _faulty(kind: str) -> Callable[[], Record]:
     return lambda: sound_record(
-        integrity={"not_finite": [], "dead": [], "alike": [], "reset": []} | {kind: ["h.3.mlp.c_fc.weight"]}
+        integrity={"not_finite": [], "dead": [], "alike": [], "reset": []}
+        | {kind: ["h.3.mlp.c_fc.weight"]}
     )
 
 
@@ -74,7 +80,9 @@ def _xl(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[], R
     return make
 
 
-def _of(model: str, name: str, change: Callable[[np.ndarray], np.ndarray], n_layers: int = 12) -> Callable[[], Record]:
+def _of(
+    model: str, name: str, change: Callable[[np.ndarray], np.ndarray], n_layers: int = 12
+) -> Callable[[], Record]:
     """A sound record of so many layers, with one array changed."""
     return lambda: replaced(
         sound_record(n_layers=n_layers, model=model),
@@ -97,25 +105,40 @@ def _with_nan(values: np.ndarray) -> np.ndarray:
 
 def _parallel_without_its_product() -> Record:
     record = sound_record(parallel=True)
-    return replaced(record, {"sublayers/attn_dot_mlp": 2 * record.array("stream/attn_out") * record.array("stream/mlp_out")})
+    return replaced(
+        record,
+        {
+            "sublayers/attn_dot_mlp": 2
+            * record.array("stream/attn_out")
+            * record.array("stream/mlp_out")
+        },
+    )
 
 
 def _dead_head() -> Record:
     norms = sound_record().array("weights/W_OV_frobenius").copy()
     norms[5, 2] = 0
-    return Record(sound_record().arrays | {"weights/W_OV_frobenius": norms}, sound_record().metadata)
+    return Record(
+        sound_record().arrays | {"weights/W_OV_frobenius": norms}, sound_record().metadata
+    )
 
 
 def _scaled_tokens() -> Record:
     record = sound_xl()
     spread = np.where(np.arange(record.resid_pre.shape[1]) % 2, 1.0, 100.0)
-    return changed(record, resid_pre=record.resid_pre * spread, resid_post=record.array("stream/resid_post") * spread)
+    return changed(
+        record,
+        resid_pre=record.resid_pre * spread,
+        resid_post=record.array("stream/resid_post") * spread,
+    )
 
 
 def _opposed() -> Record:
     """Outputs larger than the growth they cause."""
     record = sound_xl()
-    return changed(record, **{name: 30 * record.array(f"stream/{name}") for name in ("attn_out", "mlp_out")})
+    return changed(
+        record, **{name: 30 * record.array(f"stream/{name}") for name in ("attn_out", "mlp_out")}
+    )
 
 
 def _gpt2_with_heads(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[], Record]:
@@ -123,20 +146,53 @@ def _gpt2_with_heads(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[],
 
     def make() -> Record:
         record = Record.load(catalogue.models()["gpt2"].published_path("58-prompts"))
-        return replaced(record, {"weights/W_OV_frobenius": change(record.array("weights/W_OV_frobenius")).copy()})
+        return replaced(
+            record,
+            {"weights/W_OV_frobenius": change(record.array("weights/W_OV_frobenius")).copy()},
+        )
 
     return make
 
 
-DECLARED = "declared"  # a law that no source claims of any model, claimed here by a band of the test's own
+DECLARED = (
+    "declared"  # a law that no source claims of any model, claimed here by a band of the test's own
+)
 OWN_BANDS = [
     {"law": "residual/decrease", "model": "pystdlib-3m", "high": 1.0, "source": "the test's own"},
-    {"law": "attention/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 2.0, "source": "the test's own"},
+    {
+        "law": "attention/gain_share",
+        "model": "pystdlib-3m",
+        "low": 0.0,
+        "high": 2.0,
+        "source": "the test's own",
+    },
     {"law": "mlp/hidden_structure", "model": "pystdlib-3m", "low": 1.0, "source": "the test's own"},
-    {"law": "attention/circuit_spectral", "model": "pystdlib-3m", "low": 1.5, "source": "the test's own"},
-    {"law": "attention/circuit_patching", "model": "pystdlib-3m", "low": 1.5, "source": "the test's own"},
-    {"law": "attention/spectral_trajectory", "model": "pystdlib-3m", "low": -0.01, "high": 0.1, "source": "the test's own"},
-    {"law": "mlp/gain_share", "model": "pystdlib-3m", "low": 0.0, "high": 0.5, "source": "the test's own"},
+    {
+        "law": "attention/circuit_spectral",
+        "model": "pystdlib-3m",
+        "low": 1.5,
+        "source": "the test's own",
+    },
+    {
+        "law": "attention/circuit_patching",
+        "model": "pystdlib-3m",
+        "low": 1.5,
+        "source": "the test's own",
+    },
+    {
+        "law": "attention/spectral_trajectory",
+        "model": "pystdlib-3m",
+        "low": -0.01,
+        "high": 0.1,
+        "source": "the test's own",
+    },
+    {
+        "law": "mlp/gain_share",
+        "model": "pystdlib-3m",
+        "low": 0.0,
+        "high": 0.5,
+        "source": "the test's own",
+    },
 ]
 
 OWN_CIRCUITS = Path(__file__).with_name("circuits.toml")
@@ -151,7 +207,11 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("residual/exponential", "constant", lambda: sound_record(1.0)),
     ("residual/exponential", "spiked", _scaled("resid_pre", 3.0, (slice(6, 8),))),
     ("residual/exponential", "logarithmic", lambda: sound_record(1.5, bend=-0.04)),
-    ("residual/exponential", "tokens-missing", _scaled("resid_pre", np.nan, (slice(5, 9), slice(0, 24)))),
+    (
+        "residual/exponential",
+        "tokens-missing",
+        _scaled("resid_pre", np.nan, (slice(5, 9), slice(0, 24))),
+    ),
     ("residual/super_exponential", "gpt2", lambda: sound_record(1.045)),
     ("residual/super_exponential", "gpt2", lambda: sound_record(1.3, bend=-0.02)),
     ("residual/every_token_grows", "gpt2", _scaled("resid_pre", 0.3, (slice(10, None), 4))),
@@ -161,8 +221,16 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("residual/position_0", "gpt2", _without_plateau),
     ("residual/position_0", "gpt2", _without_fall),
     ("residual/moments", "scale-off", _scaled("ln1_scale", 1.001, (7, 3))),
-    ("residual/moments", "norm-is-more-than-scaling", lambda: changed(sound_record(), ln1_residual=np.full((16, 48), 1e-3))),
-    ("residual/additivity", "not-a-sum", lambda: changed(sound_record(), additivity_error=np.full((16, 48), 1e-3))),
+    (
+        "residual/moments",
+        "norm-is-more-than-scaling",
+        lambda: changed(sound_record(), ln1_residual=np.full((16, 48), 1e-3)),
+    ),
+    (
+        "residual/additivity",
+        "not-a-sum",
+        lambda: changed(sound_record(), additivity_error=np.full((16, 48), 1e-3)),
+    ),
     ("sublayers/contribution_bound", "attn-too-small", _scaled("attn_out", 0.5, (9, 2))),
     ("attention/ov_growth", "gpt2-xl", lambda: _heads_reversed(48)),
     ("attention/ov_growth", "gpt2", lambda: sound_record(n_layers=12)),
@@ -183,30 +251,74 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("sublayers/both_grow", "gpt2-xl", _xl("stream/attn_out", _backwards)),
     ("sublayers/both_grow", "gpt2-xl", _xl("stream/mlp_out", _flat)),
     ("sublayers/both_grow", "gpt2-xl", _xl("stream/mlp_out", _with_nan)),
-    ("sublayers/scale_blindness", "attn-sees-scale", _of("any", "sublayers/attn_scale_error", lambda x: x + 1e-2)),
-    ("sublayers/scale_blindness", "mlp-sees-scale", _of("any", "sublayers/mlp_scale_error", lambda x: x + 1e-2)),
-    ("attention/fall_off", "gpt2-xl", _xl("stream/attn_out", lambda x: x * 1.04 ** np.arange(48)[:, None])),
+    (
+        "sublayers/scale_blindness",
+        "attn-sees-scale",
+        _of("any", "sublayers/attn_scale_error", lambda x: x + 1e-2),
+    ),
+    (
+        "sublayers/scale_blindness",
+        "mlp-sees-scale",
+        _of("any", "sublayers/mlp_scale_error", lambda x: x + 1e-2),
+    ),
+    (
+        "attention/fall_off",
+        "gpt2-xl",
+        _xl("stream/attn_out", lambda x: x * 1.04 ** np.arange(48)[:, None]),
+    ),
     ("attention/output_bias", "gpt2-xl", _xl("weights/b_O", lambda x: 1e5 * x)),
     ("attention/last_output_bias", "gpt2-xl", _xl("weights/b_O", _backwards)),
-    ("attention/last_output_bias", "gpt2", _of("gpt2", "weights/b_O", lambda x: np.append(x[:-1], 1.1 * x[-1]))),
+    (
+        "attention/last_output_bias",
+        "gpt2",
+        _of("gpt2", "weights/b_O", lambda x: np.append(x[:-1], 1.1 * x[-1])),
+    ),
     ("attention/random_sum", "gpt2-xl", _xl("random_input/attn_norm", lambda x: x / 5)),
     ("attention/random_sum", "gpt2-xl", _xl("random_input/attn_norm", lambda x: x * 5)),
     ("attention/hard_coded_growth", "gpt2-xl", _xl("random_input/attn_norm", _backwards)),
     ("mlp/hard_coded_growth", "gpt2-xl", _xl("random_input/mlp_norm", _backwards)),
     ("mlp/hard_coded_growth", "gpt2-xl", _xl("random_input/mlp_norm", lambda x: x * np.nan)),
-    ("attention/gain_share", DECLARED, _xl("weights/W_OV_raw_frobenius", lambda x: x * 1.06 ** np.arange(48)[:, None])),
-    ("mlp/gain_share", DECLARED, _of("any", "weights/W_in", lambda x: x * 1.06 ** np.arange(16), 16)),
+    (
+        "attention/gain_share",
+        DECLARED,
+        _xl("weights/W_OV_raw_frobenius", lambda x: x * 1.06 ** np.arange(48)[:, None]),
+    ),
+    (
+        "mlp/gain_share",
+        DECLARED,
+        _of("any", "weights/W_in", lambda x: x * 1.06 ** np.arange(16), 16),
+    ),
     ("mlp/random_input_growth", "gpt2-xl", _xl("random_input/mlp_norm", _flat)),
     ("mlp/random_input_growth", "gpt2-xl", _xl("random_input/mlp_norm", lambda x: x / 5)),
-    ("mlp/component_norms", "gpt2-xl", _xl("weights/b_in_W_out", lambda x: x * 1.06 ** np.arange(48))),
+    (
+        "mlp/component_norms",
+        "gpt2-xl",
+        _xl("weights/b_in_W_out", lambda x: x * 1.06 ** np.arange(48)),
+    ),
     ("mlp/activation_rate", "gpt2-xl", _xl("neurons/activation_rate", _backwards)),
     ("mlp/activation_rate", "pythia-160m", _of("pythia-160m", "neurons/activation_rate", _flat)),
-    ("mlp/random_activation_rate", "gpt2-xl", _xl("random_input/mlp_activation_rate", lambda x: x / 4)),
-    ("mlp/resampled_activation_rate", "gpt2-xl", _xl("random_input/resampled_activation_rate", lambda x: x / 4)),
-    ("mlp/resampled_activation_rate", "gpt2-xl", _xl("random_input/resampled_activation_rate", lambda x: x * 4)),
+    (
+        "mlp/random_activation_rate",
+        "gpt2-xl",
+        _xl("random_input/mlp_activation_rate", lambda x: x / 4),
+    ),
+    (
+        "mlp/resampled_activation_rate",
+        "gpt2-xl",
+        _xl("random_input/resampled_activation_rate", lambda x: x / 4),
+    ),
+    (
+        "mlp/resampled_activation_rate",
+        "gpt2-xl",
+        _xl("random_input/resampled_activation_rate", lambda x: x * 4),
+    ),
     ("mlp/hidden_structure", DECLARED, _of("any", "neurons/singular_values", lambda x: 0 * x, 16)),
     ("mlp/hidden_structure", DECLARED, _of("any", "neurons/singular_values", _with_nan, 16)),
-    ("mlp/component_norms", "gpt2-xl", _xl("weights/W_in", lambda x: np.append(x[:20] * 0, x[20:]))),
+    (
+        "mlp/component_norms",
+        "gpt2-xl",
+        _xl("weights/W_in", lambda x: np.append(x[:20] * 0, x[20:])),
+    ),
     ("weights/writing_grows", "pythia-160m", _of("pythia-160m", "weights/W_out_raw", _backwards)),
     ("weights/writing_grows", "pythia-160m", _of("pythia-160m", "weights/W_out_raw", _flat)),
     (
@@ -218,63 +330,143 @@ CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms[:, ::-1])),
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms[::-1])),
     ("attention/circuit_norms", "gpt2", _gpt2_with_heads(lambda norms: norms * np.nan)),
-    ("attention/circuit_spectral", DECLARED, _of("any", "weights/W_OV_spectral", lambda x: x[:, ::-1], 16)),
-    ("attention/circuit_spectral", DECLARED, _of("any", "weights/W_OV_spectral", lambda x: x * np.nan, 16)),
+    (
+        "attention/circuit_spectral",
+        DECLARED,
+        _of("any", "weights/W_OV_spectral", lambda x: x[:, ::-1], 16),
+    ),
+    (
+        "attention/circuit_spectral",
+        DECLARED,
+        _of("any", "weights/W_OV_spectral", lambda x: x * np.nan, 16),
+    ),
     ("attention/circuit_patching", DECLARED, _of("any", "patching/own", lambda x: x[:, ::-1], 16)),
     ("attention/circuit_patching", DECLARED, _of("any", "patching/own", lambda x: 0 * x + 1, 16)),
-    ("attention/spectral_trajectory", DECLARED, _of("any", "weights/W_OV_spectral", _backwards, 16)),
+    (
+        "attention/spectral_trajectory",
+        DECLARED,
+        _of("any", "weights/W_OV_spectral", _backwards, 16),
+    ),
     (
         "attention/spectral_trajectory",
         DECLARED,
         _of("any", "weights/W_QK_spectral", lambda x: x * 2 ** np.arange(16)[:, None], 16),
     ),
     ("attention/causality", "leaks", _of("any", "prediction/later_changes", lambda x: x + 1e-3)),
-    ("attention/causality", "sees-later-tokens", _of("any", "prediction/future_weight", lambda x: x + 1e-6)),
-    ("attention/causality", "rows-not-one", _of("any", "prediction/row_sum_error", lambda x: x + 1e-4)),
-    ("attention/causality", "not-a-number", _of("any", "prediction/later_changes", lambda x: x * np.nan)),
-    ("predictions/beats_unigram", "worse-than-counting", _of("any", "prediction/loss", lambda x: 3 * x)),
-    ("predictions/beats_unigram", "not-a-number", _of("any", "prediction/loss", lambda x: x * np.nan)),
-    ("regression/config", "other-heads", lambda: sound_record(config={"n_head": 2, "activation": "gelu"})),
+    (
+        "attention/causality",
+        "sees-later-tokens",
+        _of("any", "prediction/future_weight", lambda x: x + 1e-6),
+    ),
+    (
+        "attention/causality",
+        "rows-not-one",
+        _of("any", "prediction/row_sum_error", lambda x: x + 1e-4),
+    ),
+    (
+        "attention/causality",
+        "not-a-number",
+        _of("any", "prediction/later_changes", lambda x: x * np.nan),
+    ),
+    (
+        "predictions/beats_unigram",
+        "worse-than-counting",
+        _of("any", "prediction/loss", lambda x: 3 * x),
+    ),
+    (
+        "predictions/beats_unigram",
+        "not-a-number",
+        _of("any", "prediction/loss", lambda x: x * np.nan),
+    ),
+    (
+        "regression/config",
+        "other-heads",
+        lambda: sound_record(config={"n_head": 2, "activation": "gelu"}),
+    ),
     ("regression/config", "entry-missing", lambda: sound_record(config={"activation": "gelu"})),
     (
         "regression/weights",
         "scaled",
-        _of("any", "sketch/parameters", lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x), 16),
+        _of(
+            "any",
+            "sketch/parameters",
+            lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x),
+            16,
+        ),
     ),
-    ("regression/weights", "not-a-number", _of("any", "sketch/parameters", lambda x: x * np.nan, 16)),
+    (
+        "regression/weights",
+        "not-a-number",
+        _of("any", "sketch/parameters", lambda x: x * np.nan, 16),
+    ),
     ("regression/norms", "larger", _of("any", "weights/W_out_raw", lambda x: x * 1.001, 16)),
     ("regression/norms", "smaller", _of("any", "weights/W_O_raw", lambda x: x * 0.999, 16)),
     ("regression/activations", "larger", _of("any", "stream/resid_pre", lambda x: x * 1.0001, 16)),
-    ("regression/activations", "not-a-number", _of("any", "stream/mlp_out", lambda x: x * np.nan, 16)),
-    ("regression/predictions", "other-losses", _of("any", "prediction/loss", lambda x: x * 1.001, 16)),
+    (
+        "regression/activations",
+        "not-a-number",
+        _of("any", "stream/mlp_out", lambda x: x * np.nan, 16),
+    ),
+    (
+        "regression/predictions",
+        "other-losses",
+        _of("any", "prediction/loss", lambda x: x * 1.001, 16),
+    ),
     (
         "regression/predictions",
         "other-tokens",
         _of("any", "prediction/token", lambda x: np.append(x[:-1], 99).astype(np.int32), 16),
     ),
     ("depth/earlier_outputs_fade", "gpt2-xl", _xl("stream/resid_pre", _flat)),
-    ("depth/earlier_outputs_fade", "gpt2-xl", _xl("sublayers/pre_dot_mlp_0", lambda x: x * 1.06 ** np.arange(48)[:, None])),
-    ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.where(np.arange(len(x))[:, None] < len(x) - 1, x + 1, x))),
+    (
+        "depth/earlier_outputs_fade",
+        "gpt2-xl",
+        _xl("sublayers/pre_dot_mlp_0", lambda x: x * 1.06 ** np.arange(48)[:, None]),
+    ),
+    (
+        "depth/layer_horizon",
+        "gpt2-xl",
+        _xl(LOSS, lambda x: np.where(np.arange(len(x))[:, None] < len(x) - 1, x + 1, x)),
+    ),
     ("depth/layer_horizon", "gpt2-xl", _xl(LOSS, lambda x: np.full_like(x, 3.0))),
     ("depth/layer_horizon", "gpt2", lambda: sound_record(n_layers=12)),
     ("depth/loss_falls_with_horizon", "gpt2-xl", _xl(LOSS, _backwards)),
     ("depth/loss_falls_with_horizon", "gpt2-xl", _xl(LOSS, _with_nan)),
     ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/mlp_out", _backwards)),
     ("depth/update_norms_rise", "pythia-160m", _of("pythia-160m", "stream/attn_out", _flat)),
-    ("depth/effect_bound", "effect-of-nothing", _of("any", "sublayer_effect/mlp_size", lambda x: 0 * x)),
-    ("depth/effect_bound", "larger-than-it-can-be", _of("any", "sublayer_effect/mlp_kl", lambda x: 1e3 * x)),
+    (
+        "depth/effect_bound",
+        "effect-of-nothing",
+        _of("any", "sublayer_effect/mlp_size", lambda x: 0 * x),
+    ),
+    (
+        "depth/effect_bound",
+        "larger-than-it-can-be",
+        _of("any", "sublayer_effect/mlp_kl", lambda x: 1e3 * x),
+    ),
     ("depth/effect_bound", "not-a-number", _of("any", "sublayer_effect/attn_frozen_kl", _with_nan)),
 ]
 
 
-@pytest.mark.parametrize(("law", "name", "make"), CONTROLS, ids=[f"{law}-{name}" for law, name, _ in CONTROLS])
+@pytest.mark.parametrize(
+    ("law", "name", "make"), CONTROLS, ids=[f"{law}-{name}" for law, name, _ in CONTROLS]
+)
 def test_fails_on_its_negative_control(
-    law: str, name: str, make: Callable[[], Record], audit: Auditing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    law: str,
+    name: str,
+    make: Callable[[], Record],
+    audit: Auditing,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     record = make()
     if name == DECLARED:
         name = "pystdlib-3m"
-        own = [band for band in catalogue._toml()["band"] if (band["law"], band.get("model")) != (law, name)]
+        own = [
+            band
+            for band in catalogue._toml()["band"]
+            if (band["law"], band.get("model")) != (law, name)
+        ]
         toml = catalogue._toml() | {"band": own + OWN_BANDS}
         monkeypatch.setattr(catalogue, "_toml", lambda: toml)
     Record(record.arrays, record.metadata | {"model": name}).save(tmp_path / f"{name}.safetensors")
@@ -296,47 +488,70 @@ def test_every_law_has_a_negative_control() -> None:
 
 
 @pytest.mark.parametrize(("name", "bend"), [("anything", 0.0), ("gpt2", 0.02)])
-def test_laws_hold_on_a_sound_record(name: str, bend: float, audit: Auditing, tmp_path: Path) -> None:
+def test_laws_hold_on_a_sound_record(
+    name: str, bend: float, audit: Auditing, tmp_path: Path
+) -> None:
     sound_record(model=name, bend=bend).save(tmp_path / f"{name}.safetensors")
     outcomes = audit("--record", tmp_path / f"{name}.safetensors").outcomes()
     broken = {law for law, outcome in outcomes.items() if outcome in ("fail", "error")}
-    # These are about the weights of gpt2 itself, its twelve heads a layer, and the horizon that it is said not to have.
+    # These are about the weights of gpt2 itself, its twelve heads a layer, and the horizon that it
+    # is said not to have.
     own = {"attention/ov_growth", "residual/fast_start", "depth/layer_horizon"}
     own |= {f"attention/circuit_{of}" for of in ("norms", "spectral", "patching")}
     assert broken == (own if name == "gpt2" else set())
 
 
-def test_all_that_is_claimed_of_gpt2_xl_holds_on_a_record_made_so(audit: Auditing, tmp_path: Path) -> None:
+def test_all_that_is_claimed_of_gpt2_xl_holds_on_a_record_made_so(
+    audit: Auditing, tmp_path: Path
+) -> None:
     sound_xl().save(tmp_path / "xl.safetensors")
     found = audit("--record", tmp_path / "xl.safetensors").outcomes()
     assert not {law for law, outcome in found.items() if outcome in ("fail", "error")}
-    claimed = {band["law"] for band in catalogue._toml()["band"] if "gpt2-xl" in catalogue._models_of(band)}
+    claimed = {
+        band["law"] for band in catalogue._toml()["band"] if "gpt2-xl" in catalogue._models_of(band)
+    }
     assert {law for law in claimed if found[law] == "pass"} == claimed
 
 
-def test_what_no_source_claims_is_measured_and_not_asserted(audit: Auditing, tmp_path: Path) -> None:
+def test_what_no_source_claims_is_measured_and_not_asserted(
+    audit: Auditing, tmp_path: Path
+) -> None:
     sound_record(model="somebody's").save(tmp_path / "it.safetensors")
-    row = audit("--record", tmp_path / "it.safetensors", "-k", "mlp and hard_coded or integrity").row("mlp/hard_coded_growth")
-    assert row["outcome"] == "not_applicable" and row["reason"] == "no source claims it of this model"
-    assert row["value"] == pytest.approx(1, abs=1e-3) and row["band"] is None and row["layers"] == [2, 13]
+    row = audit(
+        "--record", tmp_path / "it.safetensors", "-k", "mlp and hard_coded or integrity"
+    ).row("mlp/hard_coded_growth")
+    assert (
+        row["outcome"] == "not_applicable" and row["reason"] == "no source claims it of this model"
+    )
+    assert (
+        row["value"] == pytest.approx(1, abs=1e-3)
+        and row["band"] is None
+        and row["layers"] == [2, 13]
+    )
 
 
 def test_a_law_about_no_layers_names_none(audit: Auditing, tmp_path: Path) -> None:
     _of("any", "prediction/loss", lambda x: 3 * x)().save(tmp_path / "any.safetensors")
-    row = audit("--record", tmp_path / "any.safetensors", laws="invariants/predictions/test_beats_unigram.py").rows[0]
+    row = audit(
+        "--record",
+        tmp_path / "any.safetensors",
+        laws="invariants/predictions/test_beats_unigram.py",
+    ).rows[0]
     assert row["outcome"] == "fail" and row["layers"] is None
     assert row["reason"].startswith("any: loss below the unigram's")
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_theorems_hold_on_random_weights(name: str, audit: Auditing, tmp_path: Path) -> None:
-    found = audit("--model", models.save(models.random_model(name), tmp_path / name), "-m", "theorem")
+    found = audit(
+        "--model", models.save(models.random_model(name), tmp_path / name), "-m", "theorem"
+    )
     assert found.outcomes()["weights/integrity"] == "pass"
     assert not [row for row in found.rows if row["outcome"] in ("fail", "error")]
 
 
 def test_growth_that_was_planted_is_measured(tmp_path: Path) -> None:
-    from streamgauge.growth import growth_rates, mean_rate
+    from streamgauge.numerics.growth import growth_rates, mean_rate
 
     record = streamgauge.measure(models.save(models.planted_gpt2(1.045), tmp_path))
     assert mean_rate(growth_rates(record.text_resid, (3, 20))) == pytest.approx(1.045, abs=1e-3)
@@ -377,18 +592,32 @@ ON_FILES = [
     ("attention/frobenius_is_random_response", "all heads scaled", _spoil("W_OV_frobenius", 1.3)),
     ("attention/frobenius_is_random_response", "all heads dead", _spoil("W_OV_frobenius", 0)),
     ("attention/frobenius_is_random_response", "not a number", _spoil("W_OV_frobenius", np.nan)),
-    ("attention/frobenius_is_random_response", "one head wrong", _spoil("W_OV_frobenius", 9, (1, 2))),
-    ("attention/frobenius_is_random_response", "last head wrong", _spoil("W_OV_frobenius", 9, (-1, -1))),
+    (
+        "attention/frobenius_is_random_response",
+        "one head wrong",
+        _spoil("W_OV_frobenius", 9, (1, 2)),
+    ),
+    (
+        "attention/frobenius_is_random_response",
+        "last head wrong",
+        _spoil("W_OV_frobenius", 9, (-1, -1)),
+    ),
     ("attention/frobenius_is_random_response", "gain folded wrongly", _spoil("ln1_gain", 1.3)),
     ("attention/amplification_bound", "too small", _spoil("W_OV_spectral", 0.95)),
     ("attention/amplification_bound", "one head too small", _spoil("W_OV_spectral", 0.95, (1, 2))),
-    ("attention/amplification_bound", "last head too small", _spoil("W_OV_spectral", 0.95, (-1, -1))),
+    (
+        "attention/amplification_bound",
+        "last head too small",
+        _spoil("W_OV_spectral", 0.95, (-1, -1)),
+    ),
     ("attention/amplification_bound", "larger than Frobenius", _spoil("W_OV_spectral", 4)),
     ("attention/amplification_bound", "smaller than Frobenius allows", _spoil("W_OV_frobenius", 9)),
 ]
 
 
-@pytest.mark.parametrize(("law", "what", "spoil"), ON_FILES, ids=[f"{law}-{what}" for law, what, _ in ON_FILES])
+@pytest.mark.parametrize(
+    ("law", "what", "spoil"), ON_FILES, ids=[f"{law}-{what}" for law, what, _ in ON_FILES]
+)
 def test_a_law_on_files_finds_a_wrong_number(
     law: str, what: str, spoil: Callable[[Record], None], audit: Auditing, tmp_path: Path
 ) -> None:
@@ -396,7 +625,9 @@ def test_a_law_on_files_finds_a_wrong_number(
 
 
 @pytest.mark.parametrize("law", sorted({law for law, _, _ in ON_FILES}))
-def test_a_law_on_files_holds_on_the_same_model_unspoilt(law: str, audit: Auditing, tmp_path: Path) -> None:
+def test_a_law_on_files_holds_on_the_same_model_unspoilt(
+    law: str, audit: Auditing, tmp_path: Path
+) -> None:
     assert _audit_with_stored(audit, tmp_path, law, lambda record: None)["outcome"] == "pass"
 
 
@@ -407,7 +638,9 @@ def test_a_dead_head_with_a_norm_fails(audit: Auditing, tmp_path: Path) -> None:
     model = models.gpt2(3)
     with torch.no_grad():
         model.transformer.h[1].attn.c_proj.weight[:D_HEAD] = 0
-    row = _audit_with_stored(audit, tmp_path, "attention/frobenius_is_random_response", give_it_a_norm, model)
+    row = _audit_with_stored(
+        audit, tmp_path, "attention/frobenius_is_random_response", give_it_a_norm, model
+    )
     assert row["outcome"] == "fail" and row["of"] == "layer 1, head 0" and row["margin"] < 0
 
 
@@ -416,23 +649,31 @@ def test_a_dead_head_with_a_norm_fails(audit: Auditing, tmp_path: Path) -> None:
 def test_laws_on_files_allow_what_rounding_does_to_small_products(
     law: str, overlap: float, audit: Auditing, tmp_path: Path
 ) -> None:
-    """Heads whose W_O hardly reads what their W_V writes: the product is much smaller than its factors."""
+    """Heads whose W_O hardly reads what their W_V writes:
+
+    the product is much smaller than its factors.
+    """
     model, generator = models.gpt2(3), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.transformer.h:
             for head in range(0, models.WIDTH, D_HEAD):
                 kept = slice(head, head + D_HEAD)
-                value, output = block.attn.c_attn.weight[:, 2 * models.WIDTH :][:, kept], block.attn.c_proj.weight[kept]
-                written = torch.nn.functional.normalize(torch.randn(D_HEAD, generator=generator), dim=0)
+                value, output = (
+                    block.attn.c_attn.weight[:, 2 * models.WIDTH :][:, kept],
+                    block.attn.c_proj.weight[kept],
+                )
+                written = torch.nn.functional.normalize(
+                    torch.randn(D_HEAD, generator=generator), dim=0
+                )
                 value.copy_(torch.outer(torch.randn(models.WIDTH, generator=generator), written))
                 output -= (1 - overlap) * torch.outer(written, written @ output)
     assert _audit_with_stored(audit, tmp_path, law, lambda record: None, model)["outcome"] == "pass"
 
 
 def test_additivity_finds_a_stream_that_is_rounded_to_bf16() -> None:
-    from streamgauge.forward import PromptRun, walk
-    from streamgauge.model import probe_layout
-    from streamgauge.stream import StreamMeter
+    from streamgauge.engine.forward import PromptRun, walk
+    from streamgauge.engine.layout import probe_layout
+    from streamgauge.groups.stream import StreamMeter
 
     model = models.blockwise(models.random_model("llama"))
     meter = StreamMeter(probe_layout(model), Prompts([[1, 2, 3, 4]], "test", 1))
@@ -451,7 +692,9 @@ def _infinite(model: Any) -> None:
 
 
 @pytest.mark.parametrize("break_it", [_nan, _infinite])
-def test_nan_is_named_and_nothing_passes_over_it(break_it: Callable[[Any], None], audit: Auditing, tmp_path: Path) -> None:
+def test_nan_is_named_and_nothing_passes_over_it(
+    break_it: Callable[[Any], None], audit: Auditing, tmp_path: Path
+) -> None:
     model = models.gpt2()
     with torch.no_grad():
         break_it(model)
@@ -459,7 +702,9 @@ def test_nan_is_named_and_nothing_passes_over_it(break_it: Callable[[Any], None]
     assert found.exit == 1
     row = found.row("weights/integrity")
     assert row["outcome"] == "fail" and "transformer.h.1." in row["reason"]
-    others = {law: outcome for law, outcome in found.outcomes().items() if law != "weights/integrity"}
+    others = {
+        law: outcome for law, outcome in found.outcomes().items() if law != "weights/integrity"
+    }
     assert set(others.values()) <= {"error", "not_applicable"}
     assert "the weights are not finite" in found.row("residual/additivity")["reason"]
 
@@ -474,8 +719,12 @@ def test_a_gain_that_was_reset_is_found(audit: Auditing, tmp_path: Path) -> None
     model = models.gpt2()
     with torch.no_grad():
         _reset_gain(model)
-    row = audit("--model", models.save(model, tmp_path / "reset"), "-k", "gains_vary or integrity").row("weights/gains_vary")
-    assert row["outcome"] == "fail" and "layer 4: the gain of the norm before the MLP" in row["reason"]
+    row = audit(
+        "--model", models.save(model, tmp_path / "reset"), "-k", "gains_vary or integrity"
+    ).row("weights/gains_vary")
+    assert (
+        row["outcome"] == "fail" and "layer 4: the gain of the norm before the MLP" in row["reason"]
+    )
 
 
 def _dead_layer(model: Any) -> None:
@@ -491,11 +740,15 @@ def _dead_head_in_weights(model: Any) -> None:
 
 
 @pytest.mark.parametrize("break_it", [_dead_layer, _twin_layers, _dead_head_in_weights])
-def test_integrity_finds_broken_layers(break_it: Callable[[Any], None], audit: Auditing, tmp_path: Path) -> None:
+def test_integrity_finds_broken_layers(
+    break_it: Callable[[Any], None], audit: Auditing, tmp_path: Path
+) -> None:
     model = models.gpt2()
     with torch.no_grad():
         break_it(model)
-    row = audit("--model", models.save(model, tmp_path / "broken"), "-k", "integrity").row("weights/integrity")
+    row = audit("--model", models.save(model, tmp_path / "broken"), "-k", "integrity").row(
+        "weights/integrity"
+    )
     assert row["outcome"] == "fail"
     assert "4" in row["reason"]
 
@@ -527,20 +780,24 @@ def test_a_model_of_one_layer_leaves_no_room_for_growth(audit: Auditing, tmp_pat
 
 
 def test_scale_blindness_does_not_pass_over_nan() -> None:
-    from streamgauge.sublayers import DRAWS, _errors
+    from streamgauge.groups.sublayers import DRAWS, _errors
 
     assert np.isnan(_errors(torch.full((2 + DRAWS, 4), torch.nan))).all()
     assert not _errors(torch.zeros((2 + DRAWS, 4))).any()
 
 
 def test_without_a_norm_scale_blindness_would_fail() -> None:
-    from streamgauge.model import probe_layout
-    from streamgauge.sublayers import ScaleBlindness
+    from streamgauge.engine.layout import probe_layout
+    from streamgauge.groups.sublayers import ScaleBlindness
 
     model = models.blockwise(models.random_model("gpt2"))
     layout = probe_layout(model)
     for block in model.blocks:
         divides_by_a_constant = lambda x, norm=block.ln2: norm.hook_in(x) / 2**20  # noqa: E731
-        object.__setattr__(block.ln2, "forward", divides_by_a_constant)  # bridges hand plain attributes on to what they wrap
-    errors, _ = models.measure_group(model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1)))
+        object.__setattr__(
+            block.ln2, "forward", divides_by_a_constant
+        )  # bridges hand plain attributes on to what they wrap
+    errors, _ = models.measure_group(
+        model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1))
+    )
     assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

@@ -1,4 +1,6 @@
-"""Patching scores agree with patching by hand through plain Hugging Face modules; circuits come from a user's file."""
+"""Patching scores agree with patching by hand through plain Hugging Face modules; circuits come
+from a user's file.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +11,36 @@ import pytest
 import torch
 
 from fixtures import catalogue
-from streamgauge.circuits import read_circuits
 from streamgauge.errors import SettingsError
-from streamgauge.patching import _scores
+from streamgauge.groups.patching import _scores
+from streamgauge.numerics.circuits import read_circuits
 from streamgauge.record import Record
 from tests import models
 from tests.conftest import Audit
 
-PAIRS = [([1, 5, 6, 7], [1, 9, 6, 7], 11, 12), ([1, 20, 6, 8], [1, 21, 6, 8], 13, 14), ([1, 30, 31], [1, 30, 32], 15, 16)]
+PAIRS = [
+    ([1, 5, 6, 7], [1, 9, 6, 7], 11, 12),
+    ([1, 20, 6, 8], [1, 21, 6, 8], 13, 14),
+    ([1, 30, 31], [1, 30, 32], 15, 16),
+]
 OUT = {"gpt2": "c_proj", "llama": "o_proj", "gpt-neox-parallel": "dense", "qwen3": "o_proj"}
 OWN = Path(__file__).with_name("circuits.toml")
 
 
 def _by_hand(name: str) -> np.ndarray:
     model, where = models.random_model(name), models.ARCHITECTURES[name]
-    projections = [b.get_submodule(where.attn).get_submodule(OUT[name]) for b in model.get_submodule(where.blocks)]
+    projections = [
+        b.get_submodule(where.attn).get_submodule(OUT[name])
+        for b in model.get_submodule(where.blocks)
+    ]
 
-    def advantage(ids: list[int], answer: int, wrong: int, change: Callable[[int, torch.Tensor], torch.Tensor]) -> float:
+    def advantage(
+        ids: list[int], answer: int, wrong: int, change: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> float:
         handles = [
-            projection.register_forward_pre_hook(lambda module, args, layer=layer: (change(layer, args[0]),))
+            projection.register_forward_pre_hook(
+                lambda module, args, layer=layer: (change(layer, args[0]),)
+            )
             for layer, projection in enumerate(projections)
         ]
         with torch.no_grad():
@@ -50,12 +63,18 @@ def _by_hand(name: str) -> np.ndarray:
         for layer, head in np.ndindex(*patched.shape):
 
             def patch(
-                n: int, x: torch.Tensor, at: int = layer, head: int = head, kept: dict[int, torch.Tensor] = kept
+                n: int,
+                x: torch.Tensor,
+                at: int = layer,
+                head: int = head,
+                kept: dict[int, torch.Tensor] = kept,
             ) -> torch.Tensor:
                 if n != at:
                     return x
                 x, size = x.clone(), x.shape[-1] // models.HEADS
-                x[..., head * size : (head + 1) * size] = kept[n][..., head * size : (head + 1) * size]
+                x[..., head * size : (head + 1) * size] = kept[n][
+                    ..., head * size : (head + 1) * size
+                ]
                 return x
 
             patched[layer, head] += advantage(corrupted, answer, wrong, patch) - at_worst
@@ -64,10 +83,15 @@ def _by_hand(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", OUT)
 def test_scores_agree_with_patching_by_hand(name: str) -> None:
-    model, swapped = models.blockwise(models.random_model(name)), [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS]
+    model, swapped = (
+        models.blockwise(models.random_model(name)),
+        [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS],
+    )
     both = [_scores(model, pairs) for pairs in (PAIRS, swapped)]
     scores = [found for found in both if not isinstance(found, str)]
-    assert len(scores) == 1  # random weights get one of the two wrong, which is said rather than scored
+    assert (
+        len(scores) == 1
+    )  # random weights get one of the two wrong, which is said rather than scored
     np.testing.assert_allclose(scores[0], _by_hand(name), rtol=1e-3, atol=1e-5)
 
 
@@ -82,12 +106,16 @@ def test_a_users_circuit_is_measured_on_the_bundled_model(audit: Callable[..., A
     assert "no ratio is published" in found.row("attention/circuit_norms")["reason"]
 
 
-def test_only_patching_is_measured_again_for_another_task(audit: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamgauge import forward
+def test_only_patching_is_measured_again_for_another_task(
+    audit: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamgauge.engine import forward
 
     report = audit("--model", "pystdlib-3m", "-k", "circuit_patching")
     assert "no circuit of this model is known" in report.row("attention/circuit_patching")["reason"]
-    monkeypatch.setattr(forward, "PromptRun", lambda *_: pytest.fail("the model was run over the prompts again"))
+    monkeypatch.setattr(
+        forward, "PromptRun", lambda *_: pytest.fail("the model was run over the prompts again")
+    )
     found = audit("--model", "pystdlib-3m", "-k", "circuit_patching", "--circuits", OWN)
     assert found.row("attention/circuit_patching")["value"] is not None
 
@@ -106,17 +134,28 @@ BAD: dict[str, tuple[str, str]] = {
     "unknown table": ("[bands]\nx = 1", "'bands'"),
     "unknown key": ('[[circuit]]\nmodel="m"\ntask="t"\nheads=["0.1"]\nsource="s"\nhead=1', "head"),
     "no source": ('[[circuit]]\nmodel="m"\ntask="t"\nheads=["0.1"]', "source"),
-    "head without layer": ('[[circuit]]\nmodel="m"\ntask="t"\nheads=["3"]\nsource="s"', "LAYER.HEAD"),
+    "head without layer": (
+        '[[circuit]]\nmodel="m"\ntask="t"\nheads=["3"]\nsource="s"',
+        "LAYER.HEAD",
+    ),
     "no heads": ('[[circuit]]\nmodel="m"\ntask="t"\nheads=[]\nsource="s"', "no heads"),
     "a table": ('[circuit]\nmodel="m"', "[[circuit]]"),
-    "pair without answer": ('[[task]]\nname="t"\npairs=[{clean="a",corrupted="b",wrong="c"}]', "answer"),
-    "empty text": ('[[task]]\nname="t"\npairs=[{clean="",corrupted="b",wrong="c",answer="d"}]', "each a text"),
+    "pair without answer": (
+        '[[task]]\nname="t"\npairs=[{clean="a",corrupted="b",wrong="c"}]',
+        "answer",
+    ),
+    "empty text": (
+        '[[task]]\nname="t"\npairs=[{clean="",corrupted="b",wrong="c",answer="d"}]',
+        "each a text",
+    ),
     "a name that is a path": ('[[task]]\nname="../t"\npairs=[]', "letters, digits"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_circuits_file_that_is_not_understood_is_refused(what: str, tmp_path: Path, run_pytest: Any) -> None:
+def test_a_circuits_file_that_is_not_understood_is_refused(
+    what: str, tmp_path: Path, run_pytest: Any
+) -> None:
     content, named = BAD[what]
     path = tmp_path / "circuits.toml"
     path.write_text(content)
@@ -128,7 +167,10 @@ def test_a_circuits_file_that_is_not_understood_is_refused(what: str, tmp_path: 
 def test_a_missing_circuits_file_is_a_usage_error(tmp_path: Path, run_pytest: Any) -> None:
     done = run_pytest("invariants", "--circuits", tmp_path / "none.toml")
     assert done.returncode == 4
-    assert "none.toml cannot be read" in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert (
+        "none.toml cannot be read" in done.stdout + done.stderr
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
 def test_a_head_that_the_model_has_not_is_said(audit: Callable[..., Audit], tmp_path: Path) -> None:
@@ -136,8 +178,15 @@ def test_a_head_that_the_model_has_not_is_said(audit: Callable[..., Audit], tmp_
 
     record = sound_record(model="mine")
     Record(record.arrays, record.metadata).save(tmp_path / "mine.safetensors")
-    (tmp_path / "c.toml").write_text('[[circuit]]\nmodel="mine"\ntask="own"\nheads=["40.1"]\nsource="s"')
-    row = audit("--record", tmp_path / "mine.safetensors", "--circuits", tmp_path / "c.toml", "-k", "spectral").row(
-        "attention/circuit_spectral"
+    (tmp_path / "c.toml").write_text(
+        '[[circuit]]\nmodel="mine"\ntask="own"\nheads=["40.1"]\nsource="s"'
     )
+    row = audit(
+        "--record",
+        tmp_path / "mine.safetensors",
+        "--circuits",
+        tmp_path / "c.toml",
+        "-k",
+        "spectral",
+    ).row("attention/circuit_spectral")
     assert row["outcome"] == "error" and "40.1" in row["reason"]

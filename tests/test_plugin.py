@@ -25,14 +25,21 @@ def test_a_folder_in_two_words_is_not_taken_for_a_test_path(
     assert f"rootdir: {ROOT}" in done.stdout and "configfile: pyproject.toml" in done.stdout
 
 
-def test_xdist_measures_each_model_once(folder: Path, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+def test_xdist_measures_each_model_once(
+    folder: Path, run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
     other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
     report = tmp_path / "report"
     options = ["--store", tmp_path / "store", "--report", report, "-n", "2"]
-    done = run_pytest("--model", folder, "--model", other, "-k", "additivity or moments or integrity", *options)
+    done = run_pytest(
+        "--model", folder, "--model", other, "-k", "additivity or moments or integrity", *options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((report / "rows.jsonl").read_text().splitlines()) == 6
-    assert {path.name for path in (report / "records").iterdir()} == {"somebody.safetensors", "other.safetensors"}
+    assert {path.name for path in (report / "records").iterdir()} == {
+        "somebody.safetensors",
+        "other.safetensors",
+    }
     assert len(list((tmp_path / "store" / "records").iterdir())) == 2
 
 
@@ -49,39 +56,77 @@ from streamgauge.bands import between
 @pytest.mark.theorem
 def test_patterns(activations, record, check):
     resid = activations(["blocks.0.hook_resid_pre"])["blocks.0.hook_resid_pre"]
-    check(len(resid) / record.resid_pre.shape[1], within=between(0.999, 1.001, "one vector a token"), what="vectors a token")
+    one = between(0.999, 1.001, "one vector a token")
+    check(len(resid) / record.resid_pre.shape[1], within=one, what="vectors a token")
 '''
 
 
-def test_a_law_of_ones_own_takes_our_fixtures(folder: Path, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_law_of_ones_own_takes_our_fixtures(
+    folder: Path, run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
     (tmp_path / "test_patterns.py").write_text(OWN_LAW)
     done = run_pytest(
-        tmp_path / "test_patterns.py", "--model", folder, "--store", tmp_path / "store", "-c", ROOT / "pyproject.toml"
+        tmp_path / "test_patterns.py",
+        "--model",
+        folder,
+        "--store",
+        tmp_path / "store",
+        "-c",
+        ROOT / "pyproject.toml",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "laws on 1 model: 1 hold, 0 fail" in done.stdout
 
 
-def test_the_wheel_carries_laws_fixtures_and_reports(folder: Path, installed: dict[str, str], tmp_path: Path) -> None:
+def test_the_wheel_carries_laws_fixtures_and_reports(
+    folder: Path, installed: dict[str, str], tmp_path: Path
+) -> None:
     """Unpacked where nothing of the clone is, and run against a checkpoint with --pyargs."""
     away = tmp_path / "away"
     away.mkdir()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "streamgauge.invariants"]
-    options = ["--model", str(folder), "--store", str(tmp_path / "store"), "--report", str(tmp_path / "report"), "-v"]
-    done = subprocess.run([*command, *options], cwd=away, env=installed, capture_output=True, text=True, check=False)
-    assert "could not be measured\n" in done.stdout and " 0 could not be measured" in done.stdout, done.stdout + done.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "streamgauge.invariants",
+    ]
+    options = [
+        "--model",
+        str(folder),
+        "--store",
+        str(tmp_path / "store"),
+        "--report",
+        str(tmp_path / "report"),
+        "-v",
+    ]
+    done = subprocess.run(
+        [*command, *options], cwd=away, env=installed, capture_output=True, text=True, check=False
+    )
+    assert "could not be measured\n" in done.stdout and " 0 could not be measured" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert "residual/test_growth_rate.py::test_growth_rate[somebody]" in done.stdout
     assert (tmp_path / "report" / "report.html").is_file()
     rows = (tmp_path / "report" / "rows.jsonl").read_text()
-    assert f"pytest --pyargs streamgauge.invariants.residual.test_growth_rate --model {folder}" in rows
+    assert (
+        f"pytest --pyargs streamgauge.invariants.residual.test_growth_rate --model {folder}" in rows
+    )
 
 
 @pytest.mark.parametrize(("name", "layers"), [("stories260K", 5), ("makemore_lmj9", 4)])
-def test_trained_checkpoints_of_others(name: str, layers: int, run_pytest: Callable[..., Any], tmp_path: Path) -> None:
+def test_trained_checkpoints_of_others(
+    name: str, layers: int, run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
     done = run_pytest("--model", shared_checkpoint(name), "--store", tmp_path / "store")
     assert done.returncode == 0, done.stdout
     assert (
-        f"this one has {layers}" in run_pytest("--model", shared_checkpoint(name), "--store", tmp_path / "store", "-rs").stdout
+        f"this one has {layers}"
+        in run_pytest(
+            "--model", shared_checkpoint(name), "--store", tmp_path / "store", "-rs"
+        ).stdout
     )
 
 

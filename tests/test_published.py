@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fixtures import catalogue
-from streamgauge.circuits import chance_of_ratio, norm_ratio
+from streamgauge.numerics.circuits import chance_of_ratio, norm_ratio
 from streamgauge.record import Record
 from tests.conftest import Audit
 
@@ -17,10 +17,22 @@ Auditing = Callable[..., Audit]
 def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
     found = audit("-k", "gpt2-xl", "--published")
     assert found.exit == 0
-    (row,) = [r for r in found.rows if r["law"] == "residual/growth_rate" and r["model"] == "gpt2-xl:58-prompts"]
-    assert (row["kind"], row["outcome"], row["layers"]) == ("reference", "pass", [5, 40])  # where it was published
+    (row,) = [
+        r
+        for r in found.rows
+        if r["law"] == "residual/growth_rate" and r["model"] == "gpt2-xl:58-prompts"
+    ]
+    assert (row["kind"], row["outcome"], row["layers"]) == (
+        "reference",
+        "pass",
+        [5, 40],
+    )  # where it was published
     assert row["value"] == pytest.approx(1.0446, abs=5e-5)
-    (row,) = [r for r in found.rows if r["law"] == "residual/growth_rate" and r["model"] == "gpt2-xl:6-tokens"]
+    (row,) = [
+        r
+        for r in found.rows
+        if r["law"] == "residual/growth_rate" and r["model"] == "gpt2-xl:6-tokens"
+    ]
     assert row["value"] == pytest.approx(1.0447, abs=5e-5) and row["layers"] == [5, 41]
     exponential = {r["model"]: r for r in found.rows if r["law"] == "residual/exponential"}
     assert exponential["gpt2-xl:58-prompts"]["value"] == pytest.approx(0.9993, abs=5e-5)
@@ -28,26 +40,46 @@ def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
 
 
 def test_laws_that_need_weights_are_not_applicable(audit: Auditing) -> None:
-    rows = [r for r in audit("-k", "gpt2-xl and weights", "--published").rows if r["law"] != "weights/embedding_norm"]
+    rows = [
+        r
+        for r in audit("-k", "gpt2-xl and weights", "--published").rows
+        if r["law"] != "weights/embedding_norm"
+    ]
     assert len(rows) == 16
-    assert all(r["outcome"] == "not_applicable" and r["reason"].startswith("no weights") for r in rows)
+    assert all(
+        r["outcome"] == "not_applicable" and r["reason"].startswith("no weights") for r in rows
+    )
 
 
 def test_mlps_of_four_pythias_do_as_published(audit: Auditing) -> None:
     found = audit("-k", "pythia", "--published")
     assert found.exit == 0
     values = {(r["model"], r["law"]): r["value"] for r in found.rows if r["outcome"] == "pass"}
-    written = [values[f"pythia-{size}:mlp-weights", "weights/writing_grows"] for size in ("70m", "160m", "410m", "1b")]
+    written = [
+        values[f"pythia-{size}:mlp-weights", "weights/writing_grows"]
+        for size in ("70m", "160m", "410m", "1b")
+    ]
     np.testing.assert_allclose(written, [1.82, 1.59, 1.39, 1.86], atol=5e-3)
-    read = [values[f"pythia-{size}:mlp-weights", "weights/reading_stays"] for size in ("70m", "160m", "410m", "1b")]
+    read = [
+        values[f"pythia-{size}:mlp-weights", "weights/reading_stays"]
+        for size in ("70m", "160m", "410m", "1b")
+    ]
     np.testing.assert_allclose(read, [0.93, 0.95, 1.01, 0.99], atol=5e-3)
-    assert all(values[f"pythia-{size}:activation-rate", "mlp/activation_rate"] > 1.1 for size in ("70m", "160m", "410m", "1b"))
+    assert all(
+        values[f"pythia-{size}:activation-rate", "mlp/activation_rate"] > 1.1
+        for size in ("70m", "160m", "410m", "1b")
+    )
     assert values["pythia-70m:rms", "weights/embedding_norm"] == pytest.approx(0.689, abs=5e-4)
 
 
 def test_circuits_of_gpt2_weigh_as_published() -> None:
-    norms = Record.load(catalogue.models()["gpt2"].published_path("58-prompts")).array("weights/W_OV_frobenius")
-    ratios = {circuit.task: norm_ratio(norms, circuit.heads) for circuit in catalogue.shipped_circuits()[0]}
+    norms = Record.load(catalogue.models()["gpt2"].published_path("58-prompts")).array(
+        "weights/W_OV_frobenius"
+    )
+    ratios = {
+        circuit.task: norm_ratio(norms, circuit.heads)
+        for circuit in catalogue.shipped_circuits()[0]
+    }
     assert {task: round(ratio, 3) for task, ratio in ratios.items()} == {"ioi": 1.019, "sva": 1.240}
 
 
@@ -61,41 +93,79 @@ def test_chance_of_a_ratio() -> None:
 
 
 def test_gpt2_xl_has_a_layer_horizon_as_published(audit: Auditing) -> None:
-    rows = {r["law"]: r for r in audit("-k", "gpt2-xl and depth", "--published").rows if r["model"] == "gpt2-xl:layer-horizon"}
+    rows = {
+        r["law"]: r
+        for r in audit("-k", "gpt2-xl and depth", "--published").rows
+        if r["model"] == "gpt2-xl:layer-horizon"
+    }
     assert rows["depth/layer_horizon"]["outcome"] == "pass"
-    assert rows["depth/layer_horizon"]["value"] == pytest.approx(29.2, abs=0.1)  # 3.26 at 28, 3.23 at 30, 3.1418 clean
+    assert rows["depth/layer_horizon"]["value"] == pytest.approx(
+        29.2, abs=0.1
+    )  # 3.26 at 28, 3.23 at 30, 3.1418 clean
     assert rows["depth/loss_falls_with_horizon"]["outcome"] == "pass"
 
 
 def test_gpt2s_output_bias_and_components_are_as_published(audit: Auditing) -> None:
-    rows = {r["law"]: r for r in audit("--model", "gpt2", "--published").rows if r["model"] == "gpt2:58-prompts"}
+    rows = {
+        r["law"]: r
+        for r in audit("--model", "gpt2", "--published").rows
+        if r["model"] == "gpt2:58-prompts"
+    }
     assert rows["attention/last_output_bias"]["value"] == pytest.approx(24.46, abs=5e-3)
-    assert rows["mlp/component_norms"]["outcome"] == "pass" and 0.9 < rows["mlp/component_norms"]["value"] < 1
+    assert (
+        rows["mlp/component_norms"]["outcome"] == "pass"
+        and 0.9 < rows["mlp/component_norms"]["value"] < 1
+    )
     record = Record.load(catalogue.models()["gpt2"].published_path("58-prompts"))
     assert record.array("weights/b_O")[11] == pytest.approx(248.6, abs=0.05)
 
 
 def test_gpt2_grows_faster_than_exponentially(audit: Auditing) -> None:
-    found = audit("--model", "gpt2", "--model", "distilgpt2", "--published", "-k", "super_exponential")
+    found = audit(
+        "--model", "gpt2", "--model", "distilgpt2", "--published", "-k", "super_exponential"
+    )
     outcomes = {row["model"]: row["outcome"] for row in found.rows}
-    assert outcomes == {"gpt2:rms": "pass", "gpt2:58-prompts": "pass", "distilgpt2:3-prompts": "pass"}
+    assert outcomes == {
+        "gpt2:rms": "pass",
+        "gpt2:58-prompts": "pass",
+        "distilgpt2:3-prompts": "pass",
+    }
 
 
 def test_numbers_survived_the_import() -> None:
     gpt2 = catalogue.models()["gpt2"]
     record = Record.load(gpt2.published_path("58-prompts"))
-    means = [9.815, 14.699, 12.466, 15.530, 19.098, 22.497, 29.434, 29.918, 31.941, 41.114, 49.595, 105.14]
+    means = [
+        9.815,
+        14.699,
+        12.466,
+        15.530,
+        19.098,
+        22.497,
+        29.434,
+        29.918,
+        31.941,
+        41.114,
+        49.595,
+        105.14,
+    ]
     np.testing.assert_allclose(record.array("weights/W_OV_frobenius").mean(1), means, rtol=5e-5)
     bos = record.resid_pre[:5, record.array("stream/is_bos")].mean(1)
     np.testing.assert_allclose(bos, [10.3, 165, 642, 2577, 2776], rtol=5e-3)
     assert record.is_text.sum() == 1061
     rms = Record.load(gpt2.published_path("rms"))
     rates = np.diff(np.log(rms.resid[4:, 0]))
-    np.testing.assert_allclose(np.exp(rates), [1.071, 1.097, 1.115, 1.164, 1.179, 1.261, 1.453, 2.086], rtol=5e-4)
+    np.testing.assert_allclose(
+        np.exp(rates), [1.071, 1.097, 1.115, 1.164, 1.179, 1.261, 1.453, 2.086], rtol=5e-4
+    )
 
 
-@pytest.mark.parametrize(("model", "name"), [(m, n) for m in catalogue.models().values() for n in m.published], ids=str)
+@pytest.mark.parametrize(
+    ("model", "name"), [(m, n) for m in catalogue.models().values() for n in m.published], ids=str
+)
 def test_every_published_record_says_where_it_is_from(model: Any, name: str) -> None:
     record = Record.load(model.published_path(name))
-    assert record.metadata["source"] and record.metadata["convention"] and record.metadata["prompts"]
+    assert (
+        record.metadata["source"] and record.metadata["convention"] and record.metadata["prompts"]
+    )
     assert record.n_layers == model.layers

@@ -1,4 +1,6 @@
-"""A comparison with a baseline finds every fault of the catalogue, says where it sits, and is quiet on harmless changes."""
+"""A comparison with a baseline finds every fault of the catalogue, says where it sits, and is quiet
+on harmless changes.
+"""
 
 import importlib
 import json
@@ -12,18 +14,29 @@ import torch
 import transformers as tf
 
 import streamgauge
-from streamgauge import sketch
 from streamgauge.compare import beyond, differences
+from streamgauge.groups import sketch
 from streamgauge.record import Record
 from tests import faults, models
 from tests.conftest import Audit, shared_checkpoint
 
-MEASURED = ("stream", "weights", "sketch", "prediction", "rounding")  # the groups that a comparison looks at
+MEASURED = (
+    "stream",
+    "weights",
+    "sketch",
+    "prediction",
+    "rounding",
+)  # the groups that a comparison looks at
 CONFIGS = {
     "gpt2": lambda: tf.GPT2Config(**models.GPT2 | {"n_layer": 5}),
-    "llama": lambda: tf.LlamaConfig(**models.LLAMA | {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 8}),
+    "llama": lambda: tf.LlamaConfig(
+        **models.LLAMA | {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 8}
+    ),
 }
-SIGNS = [[1, 1, -1, -1, -1, -1], [1, -1, -1, 1, -1, 1]]  # the first draw of length 6, left and right
+SIGNS = [
+    [1, 1, -1, -1, -1, -1],
+    [1, -1, -1, 1, -1, 1],
+]  # the first draw of length 6, left and right
 NAMES = [*CONFIGS, "stories260K", "makemore_lmj9"]
 
 
@@ -52,7 +65,11 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
 
     def get(name: str) -> tuple[Path, Record]:
         if name not in known:
-            folder = _random(name, tmp_path_factory.mktemp(name) / name) if name in CONFIGS else shared_checkpoint(name)
+            folder = (
+                _random(name, tmp_path_factory.mktemp(name) / name)
+                if name in CONFIGS
+                else shared_checkpoint(name)
+            )
             known[name] = folder, streamgauge.measure(folder)
         return known[name]
 
@@ -81,14 +98,20 @@ def test_harmless_changes_raise_no_alarm(name: str, baselines: Any, tmp_path: Pa
     for number, (what, change) in enumerate(faults.HARMLESS.items()):
         if (changed := faults.Files(folder)) and change(changed) is not False:
             targets[what] = changed.write(tmp_path / str(number))
-    alarms = {what: verdict.says for what, target in targets.items() if (verdict := faults.compare_with(record, target)).found}
+    alarms = {
+        what: verdict.says
+        for what, target in targets.items()
+        if (verdict := faults.compare_with(record, target)).found
+    }
     assert not alarms
 
 
 def test_other_arithmetic_raises_no_alarm(baselines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other batches and another number of threads add up in another order, as another machine would."""
+    """Other batches and another number of threads add up in another order, as another machine
+    would.
+    """
     folder, record = baselines("gpt2")
-    monkeypatch.setattr("streamgauge.forward.BATCH_TOKENS", 48)
+    monkeypatch.setattr("streamgauge.engine.forward.BATCH_TOKENS", 48)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
@@ -99,13 +122,17 @@ def test_other_arithmetic_raises_no_alarm(baselines: Any, monkeypatch: pytest.Mo
 
 def test_another_order_of_prompts_raises_no_alarm(baselines: Any) -> None:
     from streamgauge.compare import rows_to_share
-    from streamgauge.prompts import Prompts
+    from streamgauge.numerics.rows import Prompts
 
     folder, record = baselines("llama")
     rows = rows_to_share(record)
     assert rows is not None
-    turned = streamgauge.measure(folder, rows=Prompts(rows.rows[::-1], rows.source, rows.bos, sampled=True))
-    assert not [one for compared in differences(record, turned).values() for one in beyond(compared)]
+    turned = streamgauge.measure(
+        folder, rows=Prompts(rows.rows[::-1], rows.source, rows.bos, sampled=True)
+    )
+    assert not [
+        one for compared in differences(record, turned).values() for one in beyond(compared)
+    ]
 
 
 def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +140,9 @@ def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPa
 
     folder, record = baselines("gpt2")
     make = modeling_gpt2.create_causal_mask
-    monkeypatch.setattr(modeling_gpt2, "create_causal_mask", lambda *a, **k: torch.zeros_like(make(*a, **k)))
+    monkeypatch.setattr(
+        modeling_gpt2, "create_causal_mask", lambda *a, **k: torch.zeros_like(make(*a, **k))
+    )
     verdict = faults.compare_with(record, folder)
     assert verdict.found and "layer 0 attn" in verdict.says
     leaking = streamgauge.measure(folder)
@@ -122,7 +151,7 @@ def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_token_says_nothing_of_causality(baselines: Any) -> None:
-    from streamgauge.prompts import Prompts
+    from streamgauge.numerics.rows import Prompts
 
     folder, _ = baselines("gpt2")
     record = streamgauge.measure(folder, rows=Prompts([[1], [2]], "test", None, sampled=True))
@@ -137,9 +166,13 @@ def test_sketches_estimate_distances() -> None:
     one, other = sketch.sketch(weight).numpy(), sketch.sketch(moved).numpy()
     assert sketch.moved(one, other) == pytest.approx(float((moved - weight).norm()), rel=0.5)
     assert sketch.surely_moved(one, other) < float((moved - weight).norm())
-    assert sketch.surely_moved(one, sketch.sketch(weight[torch.randperm(200)]).numpy()) > 0.05 * float(weight.norm())
+    assert sketch.surely_moved(
+        one, sketch.sketch(weight[torch.randperm(200)]).numpy()
+    ) > 0.05 * float(weight.norm())
     seen = []
-    for first in range(0, 200, 2):  # two rows that changed places: half of the sketches cannot see it
+    for first in range(
+        0, 200, 2
+    ):  # two rows that changed places: half of the sketches cannot see it
         order = torch.arange(200)
         order[[first, first + 1]] = order[[first + 1, first]]
         seen.append(sketch.surely_moved(one, sketch.sketch(weight[order]).numpy()) > 0)
@@ -149,7 +182,9 @@ def test_sketches_estimate_distances() -> None:
 
 
 def test_sketches_raise_no_false_alarm() -> None:
-    """The worst case for them, a difference of rank one, and the usual one; ten thousand draws of signs, none beyond."""
+    """The worst case for them, a difference of rank one, and the usual one; ten thousand draws of
+    signs, none beyond.
+    """
     rng = np.random.RandomState(1)
     for rank in (1, 8):
         left, right = rng.randn(40, rank), rng.randn(30, rank)
@@ -164,27 +199,52 @@ def test_signs_never_change() -> None:
     assert sketch.signs(6, 0)[0].tolist() == SIGNS[0] and sketch.signs(6, 1)[0].tolist() == SIGNS[1]
 
 
-def test_an_audit_with_a_baseline(baselines: Any, audit: Callable[..., Audit], tmp_path: Path) -> None:
+def test_an_audit_with_a_baseline(
+    baselines: Any, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
     folder, record = baselines("gpt2")
     files = faults.Files(folder)
     files["W_in"] = files["W_in"] * 1.1
     broken = files.write(tmp_path / "new")
     found = audit("--model", broken, "--baseline", folder, "-m", "regression")
-    assert found.exit == 1 and set(found.outcomes()) == {f"regression/{k}" for k in differences(record, record)}
+    assert found.exit == 1 and set(found.outcomes()) == {
+        f"regression/{k}" for k in differences(record, record)
+    }
     row = found.row("regression/weights")
-    assert row["kind"] == "regression" and row["outcome"] == "fail" and f"layer {faults.LAYER} mlp" in row["reason"]
+    assert (
+        row["kind"] == "regression"
+        and row["outcome"] == "fail"
+        and f"layer {faults.LAYER} mlp" in row["reason"]
+    )
     assert "×1.1" in row["reason"] and "--baseline" in row["reproduce"]
     assert found.row("regression/config")["outcome"] == "pass"
-    again = audit("--model", folder, "--baseline", tmp_path / "report" / "records" / "new.safetensors", "-m", "regression")
+    again = audit(
+        "--model",
+        folder,
+        "--baseline",
+        tmp_path / "report" / "records" / "new.safetensors",
+        "-m",
+        "regression",
+    )
     assert again.row("regression/weights")["outcome"] == "fail"
     rows = tmp_path / "kept.jsonl"
-    rows.write_text((tmp_path / "report" / "rows.jsonl").read_text().replace('"records/', f'"{tmp_path}/report/records/'))
+    rows.write_text(
+        (tmp_path / "report" / "rows.jsonl")
+        .read_text()
+        .replace('"records/', f'"{tmp_path}/report/records/')
+    )
     assert audit("--model", folder, "--baseline", rows, "-m", "regression").exit in (0, 1)
 
 
-def test_without_a_baseline_nothing_is_compared(baselines: Any, audit: Callable[..., Audit]) -> None:
+def test_without_a_baseline_nothing_is_compared(
+    baselines: Any, audit: Callable[..., Audit]
+) -> None:
     folder, _ = baselines("gpt2")
-    assert not [law for law in audit("--model", folder, "-k", "weights or causality").outcomes() if "regression" in law]
+    assert not [
+        law
+        for law in audit("--model", folder, "-k", "weights or causality").outcomes()
+        if "regression" in law
+    ]
 
 
 def test_baselines_that_lead_nowhere(run_pytest: Any, tmp_path: Path) -> None:
@@ -208,7 +268,10 @@ def test_diff_prints_a_table(baselines: Any, run_streamgauge: Any, tmp_path: Pat
     changed.save(tmp_path / "new.safetensors")
     done = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "new.safetensors")
     assert done.returncode == 1
-    assert f"layer {faults.LAYER} mlp model.layers.{faults.LAYER}.mlp.down_proj.weight  sign turned, ×-1" in done.stdout
+    assert (
+        f"layer {faults.LAYER} mlp model.layers.{faults.LAYER}.mlp.down_proj.weight  sign "
+        "turned, ×-1" in done.stdout
+    )
     assert "config: 0 of" in done.stdout
     same = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "old.safetensors")
     assert same.returncode == 0 and "differ" in same.stdout
@@ -226,16 +289,25 @@ def test_another_tokenizer_is_a_difference(run_streamgauge: Any, tmp_path: Path)
         "gone": replaced(sound_record(sampled=True), {"prediction/token": tokens + 100}),
     }.items():
         record.save(tmp_path / f"{name}.safetensors")
-        done = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / f"{name}.safetensors")
-        assert done.returncode == 1 and "0 of 8 prompts of the baseline have the same tokens" in done.stdout
+        done = run_streamgauge(
+            "diff", tmp_path / "old.safetensors", tmp_path / f"{name}.safetensors"
+        )
+        assert (
+            done.returncode == 1
+            and "0 of 8 prompts of the baseline have the same tokens" in done.stdout
+        )
 
 
 def test_prompts_that_repeat_are_no_difference(baselines: Any) -> None:
-    from streamgauge.prompts import Prompts
+    from streamgauge.numerics.rows import Prompts
 
     folder, _ = baselines("gpt2")
-    record = streamgauge.measure(folder, rows=Prompts([[1, 2, 3]] * 3 + [[4, 5, 6]], "test", None, sampled=True))
-    assert not [one for compared in differences(record, record).values() for one in beyond(compared)]
+    record = streamgauge.measure(
+        folder, rows=Prompts([[1, 2, 3]] * 3 + [[4, 5, 6]], "test", None, sampled=True)
+    )
+    assert not [
+        one for compared in differences(record, record).values() for one in beyond(compared)
+    ]
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)

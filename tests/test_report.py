@@ -14,7 +14,7 @@ import torch
 from reports.across import horizon_and_growth
 from reports.render import page, read_rows, render
 from reports.summary import summary
-from streamgauge.horizon import DEFAULT
+from streamgauge.numerics.horizons import DEFAULT
 from tests import models
 from tests.conftest import ROOT, Audit
 from tests.records import replaced, sound_record
@@ -28,7 +28,9 @@ def rows(audit: Callable[..., Audit], tmp_path: Path) -> list[dict[str, Any]]:
     """Rows of two records, one of which breaks a law."""
     sound_record().save(tmp_path / "sound.safetensors")
     sound_record(0.99).save(tmp_path / "shrinking.safetensors")
-    return audit("--record", tmp_path / "sound.safetensors", "--record", tmp_path / "shrinking.safetensors").rows
+    return audit(
+        "--record", tmp_path / "sound.safetensors", "--record", tmp_path / "shrinking.safetensors"
+    ).rows
 
 
 def test_rows_keep_their_schema(rows: list[dict[str, Any]], audit: Callable[..., Audit]) -> None:
@@ -39,7 +41,14 @@ def test_rows_keep_their_schema(rows: list[dict[str, Any]], audit: Callable[...,
 
 
 @pytest.mark.parametrize(
-    "change", [{"outcome": "maybe"}, {"value": None}, {"extra": 1}, {"outcome": "fail", "reason": None}, {"band": [1]}]
+    "change",
+    [
+        {"outcome": "maybe"},
+        {"value": None},
+        {"extra": 1},
+        {"outcome": "fail", "reason": None},
+        {"band": [1]},
+    ],
 )
 def test_schema_refuses(change: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     row = next(row for row in rows if row["outcome"] == "pass")
@@ -47,17 +56,30 @@ def test_schema_refuses(change: dict[str, Any], rows: list[dict[str, Any]]) -> N
 
 
 def test_failing_row_says_all_that_is_needed(rows: list[dict[str, Any]]) -> None:
-    row = next(row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail")
-    assert row["value"] == pytest.approx(0.99) and row["band"] == [1.0, None] and row["layers"] == [2, 13]
+    row = next(
+        row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail"
+    )
+    assert (
+        row["value"] == pytest.approx(0.99)
+        and row["band"] == [1.0, None]
+        and row["layers"] == [2, 13]
+    )
     assert row["margin"] == pytest.approx(-0.01, rel=1e-3)
-    assert "shrinking, layers 2 to 13: growth 0.99 a layer, outside above 1 (mean of 40 tokens" in row["reason"]
+    assert (
+        "shrinking, layers 2 to 13: growth 0.99 a layer, outside above 1 (mean of 40 tokens"
+        in row["reason"]
+    )
     assert row["reproduce"].startswith("pytest invariants/residual/test_growth_rate.py --record ")
 
 
-def test_reproduce_command_shows_the_failure_again(rows: list[dict[str, Any]], run_pytest: Callable[..., Any]) -> None:
+def test_reproduce_command_shows_the_failure_again(
+    rows: list[dict[str, Any]], run_pytest: Callable[..., Any]
+) -> None:
     import shlex
 
-    row = next(row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail")
+    row = next(
+        row for row in rows if row["law"] == "residual/growth_rate" and row["outcome"] == "fail"
+    )
     done = run_pytest(*shlex.split(row["reproduce"])[1:])
     assert done.returncode == 1 and row["reason"] in done.stdout
 
@@ -69,7 +91,15 @@ def test_page_is_a_pure_function(rows: list[dict[str, Any]], tmp_path: Path) -> 
 
 def test_nothing_from_a_checkpoint_is_rendered_unescaped(rows: list[dict[str, Any]]) -> None:
     spoilt = [
-        row | {"model": HOSTILE, "reason": HOSTILE, "source": HOSTILE, "reproduce": HOSTILE, "record": None} for row in rows
+        row
+        | {
+            "model": HOSTILE,
+            "reason": HOSTILE,
+            "source": HOSTILE,
+            "reproduce": HOSTILE,
+            "record": None,
+        }
+        for row in rows
     ]
     assert "<img src=x" not in page(spoilt)
     assert "<img" not in summary(spoilt).replace("\\<", "").replace("    <img", "")
@@ -78,7 +108,9 @@ def test_nothing_from_a_checkpoint_is_rendered_unescaped(rows: list[dict[str, An
 def test_page_lists_a_dozen_values_of_a_law_and_counts_more(rows: list[dict[str, Any]]) -> None:
     row = next(row for row in rows if row["outcome"] == "pass")
     for count, listed in ((12, True), (13, False)):
-        values = [{"what": "growth", "unit": "", "of": f"head {n}", "value": 1.0} for n in range(count)]
+        values = [
+            {"what": "growth", "unit": "", "of": f"head {n}", "value": 1.0} for n in range(count)
+        ]
         made = page([row | {"values": values}])
         assert all((f"head {n}<" in made) == listed for n in range(count))
         assert (f"the least margin of {count} values" in made) != listed
@@ -95,15 +127,23 @@ def test_report_command_renders_several_runs(
 ) -> None:
     shutil.copytree(tmp_path / "report", tmp_path / "second")
     done = run_streamgauge(
-        "report", tmp_path / "report" / "rows.jsonl", tmp_path / "second" / "rows.jsonl", "-o", tmp_path / "both"
+        "report",
+        tmp_path / "report" / "rows.jsonl",
+        tmp_path / "second" / "rows.jsonl",
+        "-o",
+        tmp_path / "both",
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "both" / "report.html").is_file() and (tmp_path / "both" / "summary.md").is_file()
+    assert (tmp_path / "both" / "report.html").is_file() and (
+        tmp_path / "both" / "summary.md"
+    ).is_file()
     missing = run_streamgauge("report", tmp_path / "none.jsonl", "-o", tmp_path / "x")
     assert missing.returncode == 4 and "there is no file" in missing.stderr
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -123,7 +163,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_works_in_a_browser(scheme: Any, rows: list[dict[str, Any]], browser: Any, tmp_path: Path) -> None:
+def test_page_works_in_a_browser(
+    scheme: Any, rows: list[dict[str, Any]], browser: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "report" / "report.html"
     troubles: list[str] = []
     requests: list[str] = []
@@ -157,7 +199,9 @@ def test_page_works_in_a_browser(scheme: Any, rows: list[dict[str, Any]], browse
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-def test_hostile_names_do_nothing_in_a_browser(rows: list[dict[str, Any]], browser: Any, tmp_path: Path) -> None:
+def test_hostile_names_do_nothing_in_a_browser(
+    rows: list[dict[str, Any]], browser: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "hostile"
     folder.mkdir()
     spoilt = [row | {"model": HOSTILE, "reason": HOSTILE, "record": None} for row in rows]
@@ -171,7 +215,9 @@ def test_hostile_names_do_nothing_in_a_browser(rows: list[dict[str, Any]], brows
     assert not tab.locator("img").count() and not dialogs
 
 
-def test_a_model_whose_stream_overflows_does_not_take_the_page_along(audit: Callable[..., Audit], tmp_path: Path) -> None:
+def test_a_model_whose_stream_overflows_does_not_take_the_page_along(
+    audit: Callable[..., Audit], tmp_path: Path
+) -> None:
     model = models.random_model("llama")
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight.mul_(1e21)
@@ -179,17 +225,23 @@ def test_a_model_whose_stream_overflows_does_not_take_the_page_along(audit: Call
     found = audit("--model", models.save(model, tmp_path / "overflows"), "--model", sound)
     assert found.exit == 1 and "Traceback" not in found.output
     assert "first in" in next(
-        r["reason"] for r in found.rows if r["model"] == "overflows" and r["law"] == "residual/growth_rate"
+        r["reason"]
+        for r in found.rows
+        if r["model"] == "overflows" and r["law"] == "residual/growth_rate"
     )
     assert "overflows" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_horizon_and_growth_are_compared_across_models(audit: Callable[..., Audit], tmp_path: Path) -> None:
+def test_horizon_and_growth_are_compared_across_models(
+    audit: Callable[..., Audit], tmp_path: Path
+) -> None:
     for number, rate in enumerate((1.02, 1.03, 1.04, 1.05, 1.06)):
         record = sound_record(rate)
         k = record.array("horizon/k")
         nearer = record.array(f"horizon/loss.{DEFAULT.name}") - 0.2 * number * (k < 8)[:, None]
-        replaced(record, {f"horizon/loss.{DEFAULT.name}": nearer}).save(tmp_path / f"model-{number}.safetensors")
+        replaced(record, {f"horizon/loss.{DEFAULT.name}": nearer}).save(
+            tmp_path / f"model-{number}.safetensors"
+        )
     audit(*(word for n in range(5) for word in ("--record", tmp_path / f"model-{n}.safetensors")))
     figure = horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"]))
     assert figure is not None

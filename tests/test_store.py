@@ -1,4 +1,6 @@
-"""Records are found again by what they were made from; a warm run is light; an interrupted one loses nothing finished."""
+"""Records are found again by what they were made from; a warm run is light; an interrupted one
+loses nothing finished.
+"""
 
 import os
 import shutil
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import streamgauge
-from streamgauge.checkpoint import open_checkpoint
+from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.errors import NotMeasured, RecordError, UnknownModelError
 from streamgauge.measure import GROUPS, is_current
 from streamgauge.record import Record
@@ -53,7 +55,9 @@ def test_a_checkpoint_file_is_no_record(folder: Path) -> None:
         Record.load(folder / "model.safetensors")
 
 
-def test_second_time_comes_from_the_store(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_time_comes_from_the_store(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = store.record(open_checkpoint(folder), prompts=None, device="cpu")
     monkeypatch.setattr("streamgauge.store.measure", lambda *a, **k: pytest.fail("measured again"))
     second = store.record(open_checkpoint(folder), prompts=None, device="cpu")
@@ -61,7 +65,10 @@ def test_second_time_comes_from_the_store(folder: Path, store: Store, monkeypatc
 
 
 def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path: Path) -> None:
-    keys = {store.key(open_checkpoint(folder), None, "cpu"), store.key(open_checkpoint(folder), None, "cuda")}
+    keys = {
+        store.key(open_checkpoint(folder), None, "cpu"),
+        store.key(open_checkpoint(folder), None, "cuda"),
+    }
     (tmp_path / "prompts.txt").write_text("word\n")
     keys.add(store.key(open_checkpoint(folder), tmp_path / "prompts.txt", "cpu"))
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -96,9 +103,22 @@ def test_a_stored_record_is_asserted_without_torch(folder: Path, store: Store) -
     import subprocess
 
     def run() -> str:
-        arguments = ["invariants", "--model", str(folder), "--store", str(store.folder), "-p", "no:cacheprovider", "-q"]
+        arguments = [
+            "invariants",
+            "--model",
+            str(folder),
+            "--store",
+            str(store.folder),
+            "-p",
+            "no:cacheprovider",
+            "-q",
+        ]
         done = subprocess.run(
-            [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout.splitlines()[-1]
 
@@ -110,9 +130,21 @@ def test_collection_imports_nothing_heavy() -> None:
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, "invariants", "--collect-only", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_TORCH,
+            "invariants",
+            "--collect-only",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "heavy: []" in done.stdout and "code: 0" in done.stdout
 
 
@@ -143,7 +175,10 @@ def test_activations_are_whole_vectors_kept_on_disk(folder: Path, store: Store) 
     hooks = ["blocks.3.hook_resid_pre", "blocks.5.attn.hook_out"]
     found = stored_activations(store, checkpoint, hooks, prompts=None, device="cpu", limit=2**30)
     resid = np.asarray(found[hooks[0]])
-    assert isinstance(found[hooks[0]], np.memmap) and resid.shape == (record.resid_pre.shape[1], models.WIDTH)
+    assert isinstance(found[hooks[0]], np.memmap) and resid.shape == (
+        record.resid_pre.shape[1],
+        models.WIDTH,
+    )
     centred = resid - resid.mean(-1, keepdims=True)
     np.testing.assert_allclose(np.linalg.norm(centred, axis=-1), record.resid_pre[3], rtol=1e-5)
 
@@ -153,19 +188,30 @@ def test_activations_beyond_the_limit_are_an_error(folder: Path, store: Store) -
 
     checkpoint = open_checkpoint(folder)
     with pytest.raises(NotMeasured, match="more than the limit of 1,000"):
-        stored_activations(store, checkpoint, ["blocks.3.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
+        stored_activations(
+            store, checkpoint, ["blocks.3.hook_resid_pre"], prompts=None, device="cpu", limit=1000
+        )
     assert not list(store.folder.glob("activations/*/*.npy"))
     with pytest.raises(UnknownModelError, match=r"no hook 'blocks.99.hook_resid_pre'"):
-        stored_activations(store, checkpoint, ["blocks.99.hook_resid_pre"], prompts=None, device="cpu", limit=1000)
+        stored_activations(
+            store, checkpoint, ["blocks.99.hook_resid_pre"], prompts=None, device="cpu", limit=1000
+        )
 
 
 def _as_measured_by_the_first_instrument(record: Record) -> Record:
-    """Its stream marked by a factor that no measurement gives; norms of W_OV alone of the weights, and no groups named."""
+    """Its stream marked by a factor that no measurement gives; norms of W_OV alone of the weights,
+    and no groups named.
+    """
     first = {name: array for name, array in record.arrays.items() if name.startswith("stream/")}
     first["stream/resid_pre"] = 3 * first["stream/resid_pre"]
-    first |= {f"weights/{name}": record.array(f"weights/{name}") for name in ("W_OV_frobenius", "W_OV_spectral", "ln1_gain")}
+    first |= {
+        f"weights/{name}": record.array(f"weights/{name}")
+        for name in ("W_OV_frobenius", "W_OV_spectral", "ln1_gain")
+    }
     metadata = {name: value for name, value in record.metadata.items() if name != "groups"}
-    metadata["absent"] = {name: why for name, why in metadata["absent"].items() if name.startswith("stream")}
+    metadata["absent"] = {
+        name: why for name, why in metadata["absent"].items() if name.startswith("stream")
+    }
     return Record(first, metadata | {"instrument": 1})
 
 
@@ -186,10 +232,15 @@ def test_a_record_of_the_first_instrument_gains_what_it_lacks(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("group", ["weights", "padding"])
-def test_weights_are_measured_again_without_a_forward_pass(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_measured_again_without_a_forward_pass(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
     known = streamgauge.measure(checkpoint)
-    monkeypatch.setattr("streamgauge.forward.PromptRun", lambda *_: pytest.fail("a forward pass over the prompts"))
+    monkeypatch.setattr(
+        "streamgauge.engine.forward.PromptRun",
+        lambda *_: pytest.fail("a forward pass over the prompts"),
+    )
     monkeypatch.setitem(GROUPS, group, 99)
     assert not is_current(known)
     again = streamgauge.measure(checkpoint, known=known)
@@ -200,5 +251,10 @@ def test_weights_are_measured_again_without_a_forward_pass(group: str, tmp_path:
 def test_other_prompts_take_over_nothing(tmp_path: Path) -> None:
     folder = models.save(models.gpt2(3), tmp_path / "model")
     known = streamgauge.measure(folder)
-    other = Record(known.arrays | {"stream/resid_pre": 3 * known.resid_pre}, known.metadata | {"prompts_sha256": "another"})
-    np.testing.assert_array_equal(streamgauge.measure(folder, known=other).resid_pre, known.resid_pre)
+    other = Record(
+        known.arrays | {"stream/resid_pre": 3 * known.resid_pre},
+        known.metadata | {"prompts_sha256": "another"},
+    )
+    np.testing.assert_array_equal(
+        streamgauge.measure(folder, known=other).resid_pre, known.resid_pre
+    )

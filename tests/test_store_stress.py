@@ -1,4 +1,7 @@
-"""The store under stress: processes at once, kill -9 while writing, a full disk, damaged records, clocks that jump."""
+"""The store under stress:
+
+processes at once, kill -9 while writing, a full disk, damaged records, clocks that jump.
+"""
 
 import errno
 import os
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from streamgauge.checkpoint import open_checkpoint
+from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
@@ -32,9 +35,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_measure_the_same_model_at_once(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "invariants", "-q", "-p", "no:cacheprovider", "--model", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "invariants",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--model",
+        str(folder),
+    ]
     command += ["--store", str(tmp_path / "store"), "-k", "additivity or integrity"]
-    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     (path,) = (tmp_path / "store" / "records").iterdir()
@@ -57,7 +72,9 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path) -> None:
     path, rng = tmp_path / "record.safetensors", random.Random(0)
     sound_record(serial=0).save(path)
     for _ in range(KILLS):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
         time.sleep(rng.uniform(0, 0.05))
         writer.send_signal(signal.SIGKILL)
@@ -66,7 +83,9 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path) -> None:
         np.testing.assert_array_equal(record.resid_pre, sound_record().resid_pre)
 
 
-def test_a_full_disk_loses_no_measurement(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_no_measurement(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path / "store")
     store.prepare()
 
@@ -84,7 +103,10 @@ def test_a_full_disk_loses_no_measurement(folder: Path, tmp_path: Path, monkeypa
 
 
 def test_damage_is_noticed_wherever_it_is(folder: Path, tmp_path: Path) -> None:
-    """Cut or overwritten at random: the record is refused, or it is what it was; never something else without a word."""
+    """Cut or overwritten at random:
+
+    the record is refused, or it is what it was; never something else without a word.
+    """
     from streamgauge.errors import RecordError
 
     path, rng = tmp_path / "record.safetensors", random.Random(0)
@@ -94,19 +116,29 @@ def test_damage_is_noticed_wherever_it_is(folder: Path, tmp_path: Path) -> None:
     refused = 0
     for number in range(DAMAGES):
         start = rng.randrange(len(content))
-        damaged = content[:start] if number % 2 else content[:start] + rng.randbytes(16) + content[start + 16 :]
+        damaged = (
+            content[:start]
+            if number % 2
+            else content[:start] + rng.randbytes(16) + content[start + 16 :]
+        )
         path.write_bytes(damaged)
         try:
             found = Record.load(path)
         except RecordError:
             refused += 1
             continue
-        assert all(np.array_equal(found.arrays[name], sound.arrays[name], equal_nan=True) for name in sound.arrays)
+        assert all(
+            np.array_equal(found.arrays[name], sound.arrays[name], equal_nan=True)
+            for name in sound.arrays
+        )
     assert refused >= DAMAGES // 2
 
 
 def test_weights_changed_under_the_same_time_are_noticed(folder: Path, tmp_path: Path) -> None:
-    """A clock that jumped back, or a tool that keeps times: same path, size and time of change, other weights."""
+    """A clock that jumped back, or a tool that keeps times:
+
+    same path, size and time of change, other weights.
+    """
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     store = Store(tmp_path / "store")
     store.prepare()

@@ -1,4 +1,6 @@
-"""Computations that run side by side give what they give alone, whatever goes wrong in one of them."""
+"""Computations that run side by side give what they give alone, whatever goes wrong in one of
+them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,18 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from streamgauge.blockwise import grouped
+from streamgauge.engine.blockwise import grouped
+from streamgauge.engine.forward import PromptRun, walk
+from streamgauge.engine.layout import probe_layout
+from streamgauge.engine.together import run_together
 from streamgauge.errors import CheckpointError
-from streamgauge.forward import PromptRun, walk
-from streamgauge.model import probe_layout
-from streamgauge.prompts import Prompts
-from streamgauge.stream import StreamMeter
-from streamgauge.together import run_together
+from streamgauge.groups.stream import StreamMeter
+from streamgauge.numerics.rows import Prompts
 from tests import models
 
 
 class Tasks:
-    """Two maps with an activation between them, on inputs of several shapes; who did what when is written down."""
+    """Two maps with an activation between them, on inputs of several shapes; who did what when is
+    written down.
+    """
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -69,14 +73,20 @@ def test_a_task_that_fails_ends_all() -> None:
         finally:
             ended.append(number)
 
-    with pytest.raises(ZeroDivisionError) as error:  # which keeps the frames, and what they refer to
+    with pytest.raises(
+        ZeroDivisionError
+    ) as error:  # which keeps the frames, and what they refer to
         tasks.run(task)
     assert error and sorted(ended) == [0, 1, 2]
     assert all("forward" not in module.__dict__ for module in tasks.maps)
 
 
 @pytest.mark.parametrize(
-    "more", [lambda tasks, n: n == 2 and tasks.alone(n), lambda tasks, n: tasks.maps[n == 1](torch.ones(8))]
+    "more",
+    [
+        lambda tasks, n: n == 2 and tasks.alone(n),
+        lambda tasks, n: tasks.maps[n == 1](torch.ones(8)),
+    ],
 )
 def test_tasks_that_call_other_maps_are_refused(more: Callable[[Tasks, int], Any]) -> None:
     tasks = Tasks()
@@ -108,8 +118,10 @@ def test_batches_that_share_products_are_read_as_if_alone(monkeypatch: pytest.Mo
         meter = StreamMeter(layout, prompts)
         run = PromptRun(model, prompts, [meter])
         with monkeypatch.context() as patched:
-            patched.setattr("streamgauge.blockwise.TOGETHER", tokens)
-            groups = [len(numbers) for numbers in grouped([batch.ids.numel() for batch in run.batches])]
+            patched.setattr("streamgauge.engine.blockwise.TOGETHER", tokens)
+            groups = [
+                len(numbers) for numbers in grouped([batch.ids.numel() for batch in run.batches])
+            ]
             walk(model, {"prompts": run})
         return meter.found()[0], groups
 
@@ -117,4 +129,6 @@ def test_batches_that_share_products_are_read_as_if_alone(monkeypatch: pytest.Mo
     assert ones == [1] * 5 and 1 < len(several) < 5 and every == [5]
     for name, values in alone.items():
         for other in (some, shared):
-            torch.testing.assert_close(torch.as_tensor(other[name]), torch.as_tensor(values), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                torch.as_tensor(other[name]), torch.as_tensor(values), rtol=1e-5, atol=1e-6
+            )

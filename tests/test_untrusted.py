@@ -1,4 +1,7 @@
-"""Folders from strangers: refused in a sentence before anything in them is run, followed or given memory."""
+"""Folders from strangers:
+
+refused in a sentence before anything in them is run, followed or given memory.
+"""
 
 import contextlib
 import json
@@ -20,10 +23,10 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import streamgauge
-from streamgauge.checkpoint import open_checkpoint, tensor_names
+from streamgauge.checkpoints.files import open_checkpoint, tensor_names
+from streamgauge.engine.load import load_model
+from streamgauge.engine.rows import prompts_for
 from streamgauge.errors import CheckpointError, StreamgaugeError
-from streamgauge.model import load_model
-from streamgauge.prompts import prompts_for
 from tests import faults, models
 from tests.conftest import Audit
 
@@ -80,23 +83,32 @@ def _huge_header(folder: Path) -> None:
 
 
 def _offsets_outside(folder: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def _index_outside(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}})
+    )
 
 
 def _index_absolute(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "/etc/passwd"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "/etc/passwd"}})
+    )
 
 
 def _remote_code(folder: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    _config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, model_type="evil")(folder)
+    _config(
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+        model_type="evil",
+    )(folder)
 
 
 class _Bomb:
@@ -115,9 +127,18 @@ def _looped(folder: Path) -> None:
 
 
 MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "weights linked out of the folder": (_linked_out("model.safetensors"), "is a link out of its folder"),
-    "configuration linked out of the folder": (_linked_out("config.json"), "is a link out of its folder"),
-    "tokenizer linked out of the folder": (_linked_out("tokenizer.json"), "is a link out of its folder"),
+    "weights linked out of the folder": (
+        _linked_out("model.safetensors"),
+        "is a link out of its folder",
+    ),
+    "configuration linked out of the folder": (
+        _linked_out("config.json"),
+        "is a link out of its folder",
+    ),
+    "tokenizer linked out of the folder": (
+        _linked_out("tokenizer.json"),
+        "is a link out of its folder",
+    ),
     "a link to itself": (_looped, "is a link to nothing"),
     "index out of the folder": (_index_outside, "which is not a file of that folder"),
     "index to an absolute path": (_index_absolute, "which is not a file of that folder"),
@@ -129,7 +150,10 @@ MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a vast context": (_config(n_positions=10**9), "parameters, but the files hold"),
     "a configuration without end": (_deep, "nested too deep"),
     "a configuration of a gigabyte": (_huge("config.json", 2**30), "more than any configuration"),
-    "a tokenizer of a gigabyte": (_huge("tokenizer.json", 2**30), "more than any configuration or tokenizer"),
+    "a tokenizer of a gigabyte": (
+        _huge("tokenizer.json", 2**30),
+        "more than any configuration or tokenizer",
+    ),
     "an absurd header": (_huge_header, "truncated or corrupt"),
     "offsets outside the file": (_offsets_outside, "truncated or corrupt"),
     "code of its own": (_remote_code, "not supported"),
@@ -147,7 +171,9 @@ def test_a_malicious_folder_is_refused(what: str, folder: Path, audit: Auditing)
     assert not Path("/tmp/streamgauge-was-here").exists()
 
 
-def test_a_pickle_that_runs_is_refused_where_pickles_are_allowed(folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_that_runs_is_refused_where_pickles_are_allowed(
+    folder: Path, tmp_path: Path
+) -> None:
     _pickled_bomb(folder)
     with pytest.raises(CheckpointError, match="holds more than plain tensors"):
         open_checkpoint(folder, converted=tmp_path / "converted")
@@ -159,17 +185,25 @@ def test_pickled_tensors_are_audited_where_they_are_allowed(folder: Path, audit:
     plain = streamgauge.measure(folder)
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    assert "pickled" in audit("--model", folder, "-k", "integrity").row("weights/integrity")["reason"]
+    assert (
+        "pickled" in audit("--model", folder, "-k", "integrity").row("weights/integrity")["reason"]
+    )
     found = audit("--model", folder, "--allow-pickle", "-k", "integrity or additivity")
     assert found.exit == 0 and found.row("residual/additivity")["outcome"] == "pass"
-    record = streamgauge.record.Record.load(next((folder.parent / "report" / "records").glob("*.safetensors")))
+    record = streamgauge.record.Record.load(
+        next((folder.parent / "report" / "records").glob("*.safetensors"))
+    )
     assert (record.resid_pre == plain.resid_pre).all()
 
 
 def _bad_pickles(folder: Path) -> dict[str, str]:
     """Pickles that are allowed and still refused, and why."""
     plain = {"a": torch.zeros(2)}
-    odd = {"sparse": {"a": torch.eye(2).to_sparse()}, "complex": {"a": torch.zeros(2, dtype=torch.complex128)}, "list": [1, 2]}
+    odd = {
+        "sparse": {"a": torch.eye(2).to_sparse()},
+        "complex": {"a": torch.zeros(2, dtype=torch.complex128)},
+        "list": [1, 2],
+    }
     for name, content in odd.items():
         (folder / name).mkdir()
         torch.save(content, folder / name / "pytorch_model.bin")
@@ -183,7 +217,11 @@ def _bad_pickles(folder: Path) -> dict[str, str]:
     torch.save(plain, folder / "out.pt")
     (folder / "linked" / "model.pt").symlink_to(folder / "out.pt")
     refused = dict.fromkeys(odd, "holds more than plain tensors")
-    return refused | {"twice": "which another file", "two": "has 2 pickled files", "linked": "is a link out of its folder"}
+    return refused | {
+        "twice": "which another file",
+        "two": "has 2 pickled files",
+        "linked": "is a link out of its folder",
+    }
 
 
 def test_odd_pickles_are_refused_where_pickles_are_allowed(tmp_path: Path) -> None:
@@ -194,7 +232,10 @@ def test_odd_pickles_are_refused_where_pickles_are_allowed(tmp_path: Path) -> No
 
 
 def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "main", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "main",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for path in sound.iterdir():
@@ -206,10 +247,16 @@ def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> Non
 def test_names_do_not_reach_the_terminal_as_they_are(folder: Path, audit: Auditing) -> None:
     odd = folder.rename(folder.parent / "a\x1b[31m<b>\x07")
     found = audit("--model", odd, "-k", "integrity")
-    assert found.rows and "\x1b[31m<b>" not in found.output.replace("\x1b[31mF", "") and "\x07" not in found.output
+    assert (
+        found.rows
+        and "\x1b[31m<b>" not in found.output.replace("\x1b[31mF", "")
+        and "\x07" not in found.output
+    )
 
 
-def test_a_report_does_not_replace_what_is_not_ours(tmp_path: Path, run_pytest: Any, run_streamgauge: Any) -> None:
+def test_a_report_does_not_replace_what_is_not_ours(
+    tmp_path: Path, run_pytest: Any, run_streamgauge: Any
+) -> None:
     (tmp_path / "report.html").write_text("somebody's")
     done = run_pytest("invariants", "--published", "-k", "gpt2-xl", "--report", tmp_path)
     assert done.returncode == 4 and "was not written by streamgauge" in done.stdout + done.stderr
@@ -227,11 +274,19 @@ def _opened(folder: Path) -> None:
         prompts_for(model, checkpoint.folder, ["w1 w2", "w3"], built_in=True)
 
 
-def _fuzzed(change: Callable[[Path, Any], None], values: st.SearchStrategy[Any], sound: Path, tmp_path: Path) -> None:
+def _fuzzed(
+    change: Callable[[Path, Any], None], values: st.SearchStrategy[Any], sound: Path, tmp_path: Path
+) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     number = iter(range(10**6))
 
-    @settings(max_examples=EXAMPLES, deadline=20_000, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=20_000,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        derandomize=True,
+    )
     @given(values)
     def run(value: Any) -> None:
         folder = Path(shutil.copytree(sound, tmp_path / str(next(number))))
@@ -252,7 +307,9 @@ JSON = st.recursive(
     | st.sampled_from([0, -1, 10**6, 10**9, 10**18])
     | st.floats()
     | st.text(max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3)
+    ),
     max_leaves=8,
 )
 OF_GPT2 = json.loads(models.tf.GPT2Config(**models.GPT2).to_json_string(use_diff=False))
@@ -269,11 +326,15 @@ KEYS = [*sorted(OF_GPT2), "auto_map", "quantization_config"]
         ("return_dict", None),
     ],
 )
-def test_entries_that_are_not_of_the_model(key: str, value: Any, sound: Path, tmp_path: Path) -> None:
+def test_entries_that_are_not_of_the_model(
+    key: str, value: Any, sound: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(sound, tmp_path / "odd"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # so that the model is run, to write prompts
+    (folder / "tokenizer.json").unlink(
+        missing_ok=True
+    )  # so that the model is run, to write prompts
     _opened(folder)
 
 
@@ -282,7 +343,12 @@ def test_fuzz_configurations(sound: Path, tmp_path: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | entries))
 
-    _fuzzed(change, st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3), sound, tmp_path)
+    _fuzzed(
+        change,
+        st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3),
+        sound,
+        tmp_path,
+    )
 
 
 def test_fuzz_headers(sound: Path, tmp_path: Path) -> None:
@@ -291,12 +357,16 @@ def test_fuzz_headers(sound: Path, tmp_path: Path) -> None:
         content[edit[0] : edit[0] + len(edit[1])] = edit[1]
         (folder / "model.safetensors").write_bytes(content)
 
-    _fuzzed(change, st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=12)), sound, tmp_path)
+    _fuzzed(
+        change, st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=12)), sound, tmp_path
+    )
 
 
 def test_fuzz_indices(sound: Path, tmp_path: Path) -> None:
     names = sorted(load_file(sound / "model.safetensors"))
-    shards = st.sampled_from(["model-1.safetensors", "../x", "", ".", "config.json", "a\x00b"]) | JSON
+    shards = (
+        st.sampled_from(["model-1.safetensors", "../x", "", ".", "config.json", "a\x00b"]) | JSON
+    )
     tables = st.dictionaries(st.sampled_from(names), shards, max_size=4)
     files = faults.Files(sound)
 
@@ -308,7 +378,9 @@ def test_fuzz_indices(sound: Path, tmp_path: Path) -> None:
 
     whole = dict.fromkeys(names, "model-1.safetensors")
     indices = (
-        tables.map(lambda table: {"metadata": {}, "weight_map": whole | table}) | JSON | JSON.map(lambda x: {"weight_map": x})
+        tables.map(lambda table: {"metadata": {}, "weight_map": whole | table})
+        | JSON
+        | JSON.map(lambda x: {"weight_map": x})
     )
     _fuzzed(change, indices, sound, tmp_path)
 
@@ -319,7 +391,20 @@ def test_fuzz_tokenizers(sound: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | edits[1]))
 
     keys = st.sampled_from(
-        ["model", "added_tokens", "pre_tokenizer", "post_processor", "decoder", "tokenizer_class", "unk_token"]
+        [
+            "model",
+            "added_tokens",
+            "pre_tokenizer",
+            "post_processor",
+            "decoder",
+            "tokenizer_class",
+            "unk_token",
+        ]
     )
     files = st.sampled_from(["tokenizer.json", "tokenizer_config.json"])
-    _fuzzed(change, st.tuples(files, st.dictionaries(keys, JSON, min_size=1, max_size=2)), sound, tmp_path)
+    _fuzzed(
+        change,
+        st.tuples(files, st.dictionaries(keys, JSON, min_size=1, max_size=2)),
+        sound,
+        tmp_path,
+    )

@@ -1,8 +1,9 @@
-"""No head amplifies beyond its spectral norm: ‖x W_OV‖ ≤ σ₁ ‖x‖, and σ₁ ≤ ‖W_OV‖_F ≤ √rank · σ₁ with rank at most d_head.
+"""No head amplifies beyond its spectral norm: ‖x W_OV‖ ≤ σ₁ ‖x‖, and σ₁ ≤ ‖W_OV‖_F ≤ √rank · σ₁
+with rank at most d_head.
 
-Every head of every layer is held to it, on Gaussian x and on the same x after steps of power iteration, which bring
-‖x W_OV‖ / ‖x‖ close to σ₁ from below. Where ‖W_V‖‖W_O‖ is much larger than their product, what rounding does to squared norms
-of that is allowed.
+Every head of every layer is held to it, on Gaussian x and on the same x after steps of power
+iteration, which bring ‖x W_OV‖ / ‖x‖ close to σ₁ from below. Where ‖W_V‖‖W_O‖ is much larger than
+their product, what rounding does to squared norms of that is allowed.
 Source: definition of the spectral norm; Golub and Van Loan 2013, §2.3.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
 """
@@ -10,9 +11,9 @@ Applies to: every model whose W_V and W_O lie in its files as matrices.
 import numpy as np
 import pytest
 
-from streamgauge.bands import below
-from streamgauge.convention import product_rounding
-from streamgauge.matrices import Matrices
+from streamgauge.numerics.bands import below
+from streamgauge.numerics.convention import product_rounding
+from streamgauge.numerics.matrices import Matrices
 from streamgauge.record import Record
 
 STEPS, SAMPLES = 3, 8
@@ -20,24 +21,36 @@ STEPS, SAMPLES = 3, 8
 
 @pytest.mark.theorem
 def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
-    spectral, frobenius = record.array("weights/W_OV_spectral"), record.array("weights/W_OV_frobenius")
+    spectral, frobenius = (
+        record.array("weights/W_OV_spectral"),
+        record.array("weights/W_OV_frobenius"),
+    )
     d_model, d_head = weights.W_V(0).shape[1:]
     part = product_rounding(d_model, d_head)
     rounding = part * weights.squared_sizes()
     bound = below(1 + part, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
     largest = _at_most(spectral, rounding)
-    check((spectral / _at_most(frobenius, rounding)).max(), within=bound, what="σ₁ over ‖W_OV‖_F", of="all heads")
+    check(
+        (spectral / _at_most(frobenius, rounding)).max(),
+        within=bound,
+        what="σ₁ over ‖W_OV‖_F",
+        of="all heads",
+    )
     widest = (frobenius / largest).max() / min(d_head, d_model) ** 0.5
     check(widest, within=bound, what="‖W_OV‖_F over √d_head σ₁", of="all heads")
     for layer in range(len(spectral)):
         x = np.random.default_rng(layer).standard_normal((SAMPLES, d_model))
         gains = _largest_gains(x, weights.W_V(layer), weights.W_O(layer)) / largest[layer]
         head = int(gains.argmax())  # a NaN where there is one
-        check(gains[head], within=bound, what="‖x W_OV‖ over σ₁ ‖x‖", of=f"layer {layer}, head {head}")
+        check(
+            gains[head], within=bound, what="‖x W_OV‖ over σ₁ ‖x‖", of=f"layer {layer}, head {head}"
+        )
 
 
 def _at_most(norms: np.ndarray, rounding: np.ndarray) -> np.ndarray:
-    """Norms, as large as rounding of their squares, and of those that they are compared with, lets them be."""
+    """Norms, as large as rounding of their squares, and of those that they are compared with, lets
+    them be.
+    """
     allowed: np.ndarray = np.maximum(np.sqrt(norms**2 + 2 * rounding), np.finfo(float).tiny)
     return allowed
 

@@ -1,7 +1,10 @@
-"""Attention fades at the end: attn_out stops growing with the stream in the last third of the layers.
+"""Attention fades at the end: attn_out stops growing with the stream in the last third of the
+layers.
 
-ratio = growth a layer of ‖attn_out‖ over the window / growth a layer of ‖resid_pre‖ over it, least squares; < 1.
-Source: Heimersheim and Turner 2023, a figure alone (gpt2-xl: attn_out falls off from about layer 30).
+ratio = growth a layer of ‖attn_out‖ over the window / growth a layer of ‖resid_pre‖ over it, least
+squares; < 1.
+Source: Heimersheim and Turner 2023, a figure alone (gpt2-xl: attn_out falls off from about layer
+30).
 Applies to: gpt2-xl, layers 30 to 46.
 """
 
@@ -10,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import log_slopes, measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import log_slopes, measured_window
 from streamgauge.record import Record
 
 
@@ -21,4 +24,9 @@ def test_fall_off(record: Record, band: Band, check) -> None:
     attn, pre = record.text("stream/attn_out"), record.text("stream/resid_pre")
     window = measured_window(attn, band.window)
     ratio = np.exp(log_slopes(attn, window).mean() - log_slopes(pre, window).mean())
-    check(ratio, within=replace(band, layers=window), what="growth of attn_out over the stream's", of=record.count_text)
+    check(
+        ratio,
+        within=replace(band, layers=window),
+        what="growth of attn_out over the stream's",
+        of=record.count_text,
+    )

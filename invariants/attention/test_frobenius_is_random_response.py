@@ -1,21 +1,28 @@
 """The Frobenius norm of W_OV is the root-mean-square response to random input.
 
-For x Gaussian, normalised to mean 0 and variance 1 over d coordinates, E‖x W‖² = d/(d-1) · ‖W‖²_F for W centred on its
-reading side; for x normalised to unit RMS (RMSNorm models) E‖x W‖² = ‖W‖²_F. Every head of every layer is held to it, on
-inputs of its layer's own; the tolerance follows from the sample count, a false-alarm rate of 1e-6 a model, and what rounding
-does to squared norms of W_OV.
-Source: footnote 5 of Heimersheim and Turner 2023 asked; second moments of the sphere answer. Tolerance: Laurent and
-Massart 2000, lemma 1.
+For x Gaussian, normalised to mean 0 and variance 1 over d coordinates, E‖x W‖² = d/(d-1) · ‖W‖²_F
+for W centred on its reading side; for x normalised to unit RMS (RMSNorm models) E‖x W‖² = ‖W‖²_F.
+Every head of every layer is held to it, on inputs of its layer's own; the tolerance follows from
+the sample count, a false-alarm rate of 1e-6 a model, and what rounding does to squared norms of
+W_OV.
+Source: footnote 5 of Heimersheim and Turner 2023 asked; second moments of the sphere answer.
+Tolerance: Laurent and Massart 2000, lemma 1.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
 """
 
 import numpy as np
 import pytest
 
-from streamgauge.bands import between
-from streamgauge.convention import ov_grams, product_eigenvalues, product_rounding, random_inputs, response_tolerance
 from streamgauge.errors import NotApplicable
-from streamgauge.matrices import Matrices
+from streamgauge.numerics.bands import between
+from streamgauge.numerics.convention import (
+    ov_grams,
+    product_eigenvalues,
+    product_rounding,
+    random_inputs,
+    response_tolerance,
+)
+from streamgauge.numerics.matrices import Matrices
 from streamgauge.record import Record
 
 FALSE_ALARM = 1e-6
@@ -40,10 +47,17 @@ def test_frobenius_is_random_response(record: Record, weights: Matrices, check) 
             if not responses[head] and not expected[head]:
                 continue  # 0 = 0: a head whose W_V or W_O is zero
             all_dead = False
-            tolerance = response_tolerance(forms[head], SAMPLES, FALSE_ALARM / norms.size) + rounding[head]
+            tolerance = (
+                response_tolerance(forms[head], SAMPLES, FALSE_ALARM / norms.size) + rounding[head]
+            )
             relative = tolerance / max(forms[head].sum() + rounding[head], np.finfo(float).tiny)
             band = between(1 - relative, 1 + relative, SOURCE)
             what = "mean squared response over ‖W_OV‖²_F"
-            check(responses[head] / expected[head], within=band, what=what, of=f"layer {layer}, head {head}")
+            check(
+                responses[head] / expected[head],
+                within=band,
+                what=what,
+                of=f"layer {layer}, head {head}",
+            )
     if all_dead:
         raise NotApplicable("every head is dead, which weights/integrity reports")

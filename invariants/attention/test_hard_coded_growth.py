@@ -1,7 +1,9 @@
-"""The growth of attn_out is in the weights: W_OV answers random input, the same at every layer, with growing norms.
+"""The growth of attn_out is in the weights: W_OV answers random input, the same at every layer,
+with growing norms.
 
-share = slope of log mean ‖Σ_heads x W_OV‖ over normalised Gaussian x / slope of log ‖attn_out‖ over text tokens, least
-squares over the window: the part of the log growth that inputs which know nothing of the layer reproduce. 1 is all of it.
+share = slope of log mean ‖Σ_heads x W_OV‖ over normalised Gaussian x / slope of log ‖attn_out‖ over
+text tokens, least squares over the window: the part of the log growth that inputs which know
+nothing of the layer reproduce. 1 is all of it.
 Source: Heimersheim and Turner 2023, theory 1 against theory 2 (gpt2-xl: 'a big chunk', no number).
 Applies to: models whose attn_out grows over the window; claimed of gpt2-xl.
 """
@@ -10,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import measured_window, reproduced_share
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import measured_window, reproduced_share
 from streamgauge.record import Record
 
 
@@ -20,7 +22,9 @@ def test_hard_coded_growth(record: Record, band: Band, check) -> None:
     random, error = record.array("random_input/attn_norm"), record.array("random_input/attn_error")
     outputs = record.text("stream/attn_out")
     window = measured_window(outputs, band.window)
-    share = reproduced_share(random, error, outputs, record.array("stream/prompt")[record.is_text], window)
+    share = reproduced_share(
+        random, error, outputs, record.array("stream/prompt")[record.is_text], window
+    )
     of = f"95% interval {share.interval.low:.3f} to {share.interval.high:.3f}, {record.count_text}"
     check(
         share.value,

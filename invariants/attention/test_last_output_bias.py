@@ -1,15 +1,17 @@
 """Attention's output bias leaps in the last layer, where it is far larger than before.
 
-ratio = ‖b_O‖ of the last layer / median of ‖b_O‖ over the layers before it, value biases folded into b_O.
-Source: Heimersheim and Turner 2023, a figure (gpt2-xl); activation_additions for gpt2: 248.6 in layer 11.
+ratio = ‖b_O‖ of the last layer / median of ‖b_O‖ over the layers before it, value biases folded
+into b_O.
+Source: Heimersheim and Turner 2023, a figure (gpt2-xl); activation_additions for gpt2: 248.6 in
+layer 11.
 Applies to: gpt2 and gpt2-xl.
 """
 
 import numpy as np
 import pytest
 
-from streamgauge.bands import Band
 from streamgauge.errors import NotApplicable
+from streamgauge.numerics.bands import Band
 from streamgauge.record import Record
 
 
@@ -19,4 +21,9 @@ def test_last_output_bias(record: Record, band: Band, check) -> None:
     if not b_O[:-1].any():
         raise NotApplicable("attention has no biases before the last layer")
     ratio = b_O[-1] / np.median(b_O[:-1])
-    check(ratio, within=band, what="‖b_O‖ of the last layer over the median of the others", of=f"{len(b_O)} layers")
+    check(
+        ratio,
+        within=band,
+        what="‖b_O‖ of the last layer over the median of the others",
+        of=f"{len(b_O)} layers",
+    )

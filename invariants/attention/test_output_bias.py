@@ -1,6 +1,7 @@
 """Attention's output bias is small: through the window ‖b_O‖ stays below what attention writes.
 
-ratio = largest over the window's layers of ‖b_O‖ / mean ‖attn_out‖, value biases folded into b_O; < 1.
+ratio = largest over the window's layers of ‖b_O‖ / mean ‖attn_out‖, value biases folded into b_O; <
+1.
 Source: Heimersheim and Turner 2023, a figure alone (gpt2-xl).
 Applies to: gpt2-xl.
 """
@@ -9,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
 from streamgauge.errors import NotApplicable
-from streamgauge.growth import measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import measured_window
 from streamgauge.record import Record
 
 
@@ -24,4 +25,6 @@ def test_output_bias(record: Record, band: Band, check) -> None:
     first, last = measured_window(attn, band.window)
     ratio = b_O[first : last + 1] / attn[first : last + 1].mean(1)
     of = f"largest at layer {first + int(ratio.argmax())}, mean of {record.count_text}"
-    check(ratio.max(), within=replace(band, layers=(first, last)), what="‖b_O‖ over ‖attn_out‖", of=of)
+    check(
+        ratio.max(), within=replace(band, layers=(first, last)), what="‖b_O‖ over ‖attn_out‖", of=of
+    )

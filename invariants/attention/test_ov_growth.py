@@ -1,4 +1,5 @@
-"""Attention writes more with depth because its weights do: the Frobenius norm of W_OV grows over the layers.
+"""Attention writes more with depth because its weights do: the Frobenius norm of W_OV grows over
+the layers.
 
 rate = growth a layer of ‖W_V W_O‖_F, folded and centred, averaged over the heads of a layer.
 Source: Heimersheim and Turner 2023; for gpt2 two independent sets of published norms.
@@ -9,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import growth_rates, measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import growth_rates, measured_window
 from streamgauge.record import Record
 
 
@@ -20,4 +21,10 @@ def test_ov_growth(record: Record, band: Band, check) -> None:
     norms = record.array("weights/W_OV_frobenius").mean(1, keepdims=True)
     window = measured_window(norms, band.window)
     rate = growth_rates(norms, window)[0]
-    check(rate, within=replace(band, layers=window), what="growth of ‖W_OV‖", unit="a layer", of="mean over heads")
+    check(
+        rate,
+        within=replace(band, layers=window),
+        what="growth of ‖W_OV‖",
+        unit="a layer",
+        of="mean over heads",
+    )

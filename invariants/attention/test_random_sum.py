@@ -1,6 +1,8 @@
-"""Random input moves attention more than text does: ‖Σ_heads x W_OV‖ on random x lies far above ‖attn_out‖.
+"""Random input moves attention more than text does: ‖Σ_heads x W_OV‖ on random x lies far above
+‖attn_out‖.
 
-ratio = mean ‖Σ_heads x W_V W_O‖ over normalised Gaussian x / mean ‖attn_out‖ over text tokens, geometric mean over the window.
+ratio = mean ‖Σ_heads x W_V W_O‖ over normalised Gaussian x / mean ‖attn_out‖ over text tokens,
+geometric mean over the window.
 Source: Heimersheim and Turner 2023, a figure (gpt2-xl: about 5 times).
 Applies to: gpt2-xl.
 """
@@ -9,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import mean_ratio, measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import mean_ratio, measured_window
 from streamgauge.record import Record
 
 

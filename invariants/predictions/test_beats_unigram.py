@@ -1,7 +1,8 @@
 """The model predicts text better than counting tokens does.
 
-gain = mean over predicted tokens of (loss of a unigram model - the model's loss), nats. The unigram model counts the tokens of
-all other prompts, one more for each that occurs; it knows the prompt set's vocabulary, which the model does not.
+gain = mean over predicted tokens of (loss of a unigram model - the model's loss), nats. The unigram
+model counts the tokens of all other prompts, one more for each that occurs; it knows the prompt
+set's vocabulary, which the model does not.
 Source: a language model that reads its context must beat one that has none (Shannon 1951).
 Applies to: every model whose tokenizer can write the prompts; not where it wrote them itself.
 """
@@ -9,9 +10,9 @@ Applies to: every model whose tokenizer can write the prompts; not where it wrot
 import numpy as np
 import pytest
 
-from streamgauge.bands import Band
 from streamgauge.errors import NotApplicable
-from streamgauge.prediction import unigram_loss
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.unigram import unigram_loss
 from streamgauge.record import Record
 
 
@@ -20,7 +21,9 @@ def test_beats_unigram(record: Record, band: Band, check) -> None:
     prompt, token = record.array("stream/prompt"), record.array("prediction/token")
     predicted = ~record.array("prediction/is_last").astype(bool)
     if record.metadata.get("sampled"):
-        raise NotApplicable("the model wrote the prompts itself, for want of a tokenizer that can write ours")
+        raise NotApplicable(
+            "the model wrote the prompts itself, for want of a tokenizer that can write ours"
+        )
     if not predicted.any():
         raise NotApplicable("no prompt has two tokens, so there is nothing to predict")
     loss = record.array("prediction/loss")[predicted].astype(float)

@@ -1,16 +1,19 @@
-"""Every token grows: not only on average does the stream gain norm over the window, but at each position but 0.
+"""Every token grows: not only on average does the stream gain norm over the window, but at each
+position but 0.
 
 min over tokens of (‖resid[b]‖ / ‖resid[a]‖) ** (1 / (b - a)) > 1.
-Source: Heimersheim and Turner 2023, the authors' data (gpt2-xl: the slowest of 1,061 tokens grows by 1.027 a layer).
-Applies to: the models whose single tokens were published; delimiters with massive activations stand still in others.
+Source: Heimersheim and Turner 2023, the authors' data (gpt2-xl: the slowest of 1,061 tokens grows
+by 1.027 a layer).
+Applies to: the models whose single tokens were published; delimiters with massive activations stand
+still in others.
 """
 
 from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import growth_rates, measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import growth_rates, measured_window
 from streamgauge.record import Record
 
 

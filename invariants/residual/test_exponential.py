@@ -1,18 +1,18 @@
 """The residual stream's growth is exponential: log norm against layer is a straight line.
 
-R² of the least-squares line through the log norm, averaged over tokens, over a window of layers, position 0 left out;
-counted negative where the line falls.
+R² of the least-squares line through the log norm, averaged over tokens, over a window of layers,
+position 0 left out; counted negative where the line falls.
 Source: Heimersheim and Turner 2023 (gpt2-xl: 0.999 over layers 5 to 41, from the authors' data).
-Applies to: pre-norm decoders of 12 layers or more; not to root-mean-square norms, which a few tokens with massive
-activations dominate.
+Applies to: pre-norm decoders of 12 layers or more; not to root-mean-square norms, which a few
+tokens with massive activations dominate.
 """
 
 from dataclasses import replace
 
 import pytest
 
-from streamgauge.bands import Band
-from streamgauge.growth import log_linear_r2, measured_window
+from streamgauge.numerics.bands import Band
+from streamgauge.numerics.growth import log_linear_r2, measured_window
 from streamgauge.record import Record
 
 

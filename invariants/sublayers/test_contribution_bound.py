@@ -1,7 +1,8 @@
-"""Growth has to come from somewhere: no block changes the norm by more than its two contributions allow.
+"""Growth has to come from somewhere: no block changes the norm by more than its two contributions
+allow.
 
-|‖resid_post‖ / ‖resid_pre‖ - 1| ≤ (‖attn_out‖ + ‖mlp_out‖) / ‖resid_pre‖, by the triangle inequality, for every token
-and layer. Growth of 1.05 a layer needs contributions of at least 5%.
+|‖resid_post‖ / ‖resid_pre‖ - 1| ≤ (‖attn_out‖ + ‖mlp_out‖) / ‖resid_pre‖, by the triangle
+inequality, for every token and layer. Growth of 1.05 a layer needs contributions of at least 5%.
 Source: Heimersheim and Turner 2023, appendix 1.
 Applies to: every block that only adds to the stream, sequential or parallel.
 """
@@ -9,7 +10,7 @@ Applies to: every block that only adds to the stream, sequential or parallel.
 import numpy as np
 import pytest
 
-from streamgauge.bands import below
+from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
 UNIT = 2.0**-24  # rounding of fp32
@@ -18,11 +19,18 @@ UNIT = 2.0**-24  # rounding of fp32
 @pytest.mark.theorem
 def test_contribution_bound(record: Record, check) -> None:
     pre, post, attn, mlp = (
-        record.array(f"stream/{name}").astype(float) for name in ("resid_pre", "resid_post", "attn_out", "mlp_out")
+        record.array(f"stream/{name}").astype(float)
+        for name in ("resid_pre", "resid_post", "attn_out", "mlp_out")
     )
     excess = (np.abs(post - pre) - attn - mlp) / (pre + attn + mlp)
     layer = int(excess.max(1).argmax())
-    rounding = below(record.metadata["d_model"] * UNIT, "each norm is a sum of d_model squares in fp32 (Higham 2002, §4.2)")
+    rounding = below(
+        record.metadata["d_model"] * UNIT,
+        "each norm is a sum of d_model squares in fp32 (Higham 2002, §4.2)",
+    )
     check(
-        excess.max(), within=rounding, what="change of norm beyond the contributions, relative", of=f"largest at layer {layer}"
+        excess.max(),
+        within=rounding,
+        what="change of norm beyond the contributions, relative",
+        of=f"largest at layer {layer}",
     )

@@ -1,16 +1,18 @@
-"""Sublayers see direction only: their outputs do not change when the stream they read is scaled, or shifted under LayerNorm.
+"""Sublayers see direction only: their outputs do not change when the stream they read is scaled, or
+shifted under LayerNorm.
 
-Each norm of the model reads α·x + c in place of x, with α in 2⁻¹⁰ to 2¹⁰ and (LayerNorm) a constant c up to 4 root mean
-squares drawn for each layer and token; inputs are large, so that the norm's epsilon does not count. The error of attn_out
-and mlp_out is the relative perturbation of the norms' inputs that would change them as much: it must be rounding.
-Source: definition of LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019); Heimersheim and Turner 2023 rest
-their argument on it.
+Each norm of the model reads α·x + c in place of x, with α in 2⁻¹⁰ to 2¹⁰ and (LayerNorm) a constant
+c up to 4 root mean squares drawn for each layer and token; inputs are large, so that the norm's
+epsilon does not count. The error of attn_out and mlp_out is the relative perturbation of the norms'
+inputs that would change them as much: it must be rounding.
+Source: definition of LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019); Heimersheim
+and Turner 2023 rest their argument on it.
 Applies to: models whose sublayers both read the stream through a norm.
 """
 
 import pytest
 
-from streamgauge.bands import below
+from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
 UNIT = 2.0**-24  # rounding of fp32
@@ -21,10 +23,16 @@ def test_scale_blindness(record: Record, check) -> None:
     d_model, shift = record.metadata["d_model"], float(record.array("sublayers/largest_shift")[0])
     bound = below(
         3 * d_model * UNIT * (1 + shift),
-        f"shift, mean and variance are sums of {d_model} terms up to {1 + shift:g} root mean squares, fp32 (Higham 2002, §4.2)",
+        f"shift, mean and variance are sums of {d_model} terms up to {1 + shift:g} root mean "
+        "squares, fp32 (Higham 2002, §4.2)",
     )
     for name in ("attn", "mlp"):
         error = record.array(f"sublayers/{name}_scale_error")
         layer = int(error.max(1).argmax())
         of = f"{error.shape[1]} draws a layer, largest at layer {layer}"
-        check(error.max(), within=bound, what=f"change of {name}_out, as a relative change of the norms' inputs", of=of)
+        check(
+            error.max(),
+            within=bound,
+            what=f"change of {name}_out, as a relative change of the norms' inputs",
+            of=of,
+        )

@@ -1,8 +1,10 @@
-"""The weights are all there and all used: finite, no head or layer dead, no two layers the same, a row for each token.
+"""The weights are all there and all used: finite, no head or layer dead, no two layers the same, a
+row for each token.
 
-Counts of tensors that hold NaN or Inf, of block matrices that are all zero, of heads with ‖W_OV‖ = 0, of block matrices that
-equal the same matrix of another layer, of tensors in the files' blocks that the configuration leaves no place for, and of
-tokenizers with ids beyond the embedding. All must be zero.
+Counts of tensors that hold NaN or Inf, of block matrices that are all zero, of heads with ‖W_OV‖ =
+0, of block matrices that equal the same matrix of another layer, of tensors in the files' blocks
+that the configuration leaves no place for, and of tokenizers with ids beyond the embedding. All
+must be zero.
 Source: no trained checkpoint has these; conversions, merges and truncated copies do.
 Applies to: every checkpoint.
 """
@@ -10,7 +12,7 @@ Applies to: every checkpoint.
 import numpy as np
 import pytest
 
-from streamgauge.bands import below
+from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
 NONE = below(0.5, "none in a sound checkpoint")

@@ -1,4 +1,5 @@
-"""Write docs/faults.md: every fault of the catalogue on every model, found without a baseline, with one, and located.
+"""Write docs/faults.md: every fault of the catalogue on every model, found without a baseline, with
+one, and located.
 
 Run by hand, about half an hour: `python -m tests.benchmarks.fault_table`.
 """
@@ -22,17 +23,18 @@ MOST = 10  # laws that a cell lists
 TABLE = ROOT / "docs" / "faults.md"
 HEAD = """# What an audit finds
 
-Faults that conversions, quantisations and copies really make (`tests/faults.py`), put into layer 2 of each model. The three
-signs stand for: found by an audit of the folder alone, found by a comparison with the sound checkpoint (`--baseline`), and
-located rightly by it (the layer and the part, or the entry of the configuration). A dot: it cannot be made in this model.
+Faults that conversions, quantisations and copies really make (`tests/faults.py`), put into layer 2
+of each model. The three signs stand for: found by an audit of the folder alone, found by a
+comparison with the sound checkpoint (`--baseline`), and located rightly by it (the layer and the
+part, or the entry of the configuration). A dot: it cannot be made in this model.
 Made by `python -m tests.benchmarks.fault_table`.
 
 """
 
 
 TESTED = """
-Prompts in another order, other batches and another number of threads, which add up in another order as another machine would,
-are compared in `tests/test_regression.py`: quiet.
+Prompts in another order, other batches and another number of threads, which add up in another order
+as another machine would, are compared in `tests/test_regression.py`: quiet.
 """
 
 
@@ -40,11 +42,15 @@ def subjects(folder: Path) -> dict[str, Path]:
     """The bundled model, the shared checkpoints where they are, and two random models."""
     found = {"pystdlib-3m": ROOT / "fixtures" / "bundled" / "pystdlib-3m"}
     found |= {
-        name: SHARED / "checkpoints" / name for name in ("stories260K", "makemore_lmj9") if (SHARED / "checkpoints").is_dir()
+        name: SHARED / "checkpoints" / name
+        for name in ("stories260K", "makemore_lmj9")
+        if (SHARED / "checkpoints").is_dir()
     }
     configs = {
         "random GPT-2": tf.GPT2Config(**models.GPT2 | {"n_layer": 5}),
-        "random Llama": tf.LlamaConfig(**models.LLAMA | {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 8}),
+        "random Llama": tf.LlamaConfig(
+            **models.LLAMA | {"num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 8}
+        ),
     }
     for name, config in configs.items():
         torch.manual_seed(0)
@@ -61,8 +67,21 @@ def failing(folder: Path, scratch: Path) -> set[str]:
     report = scratch / "report"
     options = ["--model", str(folder), "--report", str(report), "--store", str(scratch / "store")]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([str(ROOT / "invariants"), "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), *options])
-    rows = [json.loads(line) for line in (report / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+        pytest.main(
+            [
+                str(ROOT / "invariants"),
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                *options,
+            ]
+        )
+    rows = [
+        json.loads(line)
+        for line in (report / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return {row["law"] for row in rows if row["outcome"] in ("fail", "error")}
 
 
@@ -82,10 +101,14 @@ def main() -> None:
                     table[fault.name][model] = "·"
                     continue
                 target = files.write(scratch / f"{model} {number}")
-                alone, verdict = failing(target, scratch) - sound, faults.compare_with(record, target)
+                alone, verdict = (
+                    failing(target, scratch) - sound,
+                    faults.compare_with(record, target),
+                )
                 laws.setdefault(fault.name, set()).update(alone)
                 table[fault.name][model] = " ".join(
-                    "✓" if yes else "✗" for yes in (bool(alone), verdict.found, verdict.locates(fault))
+                    "✓" if yes else "✗"
+                    for yes in (bool(alone), verdict.found, verdict.locates(fault))
                 )
                 print(model, fault.name, table[fault.name][model], file=sys.stderr)
             for what, change in faults.HARMLESS.items():
@@ -94,36 +117,66 @@ def main() -> None:
                     quiet.setdefault(what, {})[model] = "·"
                     continue
                 target = files.write(scratch / f"{model} {what}")
-                alarmed = bool(failing(target, scratch) - sound), faults.compare_with(record, target).found
-                quiet.setdefault(what, {})[model] = " ".join("alarm" if yes else "quiet" for yes in alarmed)
+                alarmed = (
+                    bool(failing(target, scratch) - sound),
+                    faults.compare_with(record, target).found,
+                )
+                quiet.setdefault(what, {})[model] = " ".join(
+                    "alarm" if yes else "quiet" for yes in alarmed
+                )
             target = faults.reshard(folder, scratch / f"{model} shards")
-            alarmed = bool(failing(target, scratch) - sound), faults.compare_with(record, target).found
-            quiet.setdefault("in three files", {})[model] = " ".join("alarm" if yes else "quiet" for yes in alarmed)
+            alarmed = (
+                bool(failing(target, scratch) - sound),
+                faults.compare_with(record, target).found,
+            )
+            quiet.setdefault("in three files", {})[model] = " ".join(
+                "alarm" if yes else "quiet" for yes in alarmed
+            )
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(HEAD + _faults(table, laws, list(found)) + _harmless(quiet, list(found)), encoding="utf-8")
+        TABLE.write_text(
+            HEAD + _faults(table, laws, list(found)) + _harmless(quiet, list(found)),
+            encoding="utf-8",
+        )
 
 
 def _faults(table: dict[str, dict[str, str]], laws: dict[str, set[str]], names: list[str]) -> str:
-    lines = [f"| fault | {' | '.join(names)} | laws that find it without a baseline |", f"|---|{'---|' * len(names)}---|"]
+    lines = [
+        f"| fault | {' | '.join(names)} | laws that find it without a baseline |",
+        f"|---|{'---|' * len(names)}---|",
+    ]
     for fault, by_model in table.items():
         finding = laws.get(fault, set())
         alone = ", ".join(sorted(finding)) or "none"
         if len(finding) > MOST:
-            alone = "all: the checkpoint cannot be measured, and the reason names the tensor or the entry"
-        lines.append(f"| {fault} | {' | '.join(by_model.get(name, '·') for name in names)} | {alone} |")
+            alone = (
+                "all: the checkpoint cannot be measured, and the reason names the tensor "
+                "or the entry"
+            )
+        lines.append(
+            f"| {fault} | {' | '.join(by_model.get(name, '·') for name in names)} | {alone} |"
+        )
     lines.append("")
     for name in names:
         cells = [row[name].split() for row in table.values() if row.get(name, "·") != "·"]
         shares = [sum(cell[n] == "✓" for cell in cells) / len(cells) for n in range(3)]
         alone, found, located = (f"{share:.0%}" for share in shares)
-        lines.append(f"- {name}, {len(cells)} faults: {alone} found without a baseline, {found} with one, {located} located.")
+        lines.append(
+            f"- {name}, {len(cells)} faults: {alone} found without a baseline, {found} with "
+            f"one, {located} located."
+        )
     return "\n".join(lines) + "\n"
 
 
 def _harmless(quiet: dict[str, dict[str, str]], names: list[str]) -> str:
-    lines = ["\n# What raises no alarm\n", "By itself, and compared with the checkpoint it was made from.\n"]
+    lines = [
+        "\n# What raises no alarm\n",
+        "By itself, and compared with the checkpoint it was made from.\n",
+    ]
     lines += [f"| change | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| {what} | {' | '.join(by_model.get(name, '·') for name in names)} |" for what, by_model in quiet.items()]
+    lines += [
+        f"| {what} | {' | '.join(by_model.get(name, '·') for name in names)} |"
+        for what, by_model in quiet.items()
+    ]
     return "\n".join(lines) + TESTED
 
 

@@ -17,19 +17,40 @@ SHAPES = {
     "gpt2-medium": lambda: tf.GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-xl": lambda: tf.GPT2Config(n_embd=1600, n_layer=48, n_head=25),
     "pythia-1.4b": lambda: tf.GPTNeoXConfig(
-        hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=8192, vocab_size=50304,
-        rotary_pct=0.25, use_parallel_residual=True, max_position_embeddings=2048,
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=8192,
+        vocab_size=50304,
+        rotary_pct=0.25,
+        use_parallel_residual=True,
+        max_position_embeddings=2048,
     ),
     "tinyllama-1.1b": lambda: tf.LlamaConfig(
-        hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632,
-        vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
+        hidden_size=2048,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        intermediate_size=5632,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
     ),
     "llama-7b": lambda: tf.LlamaConfig(tie_word_embeddings=False),
-}  # fmt: skip
+}
 
 
-def write(shape: str, folder: Path, dtype: torch.dtype = torch.float32, *, shards: bool = False, seed: int = 0) -> Path:
-    """A checkpoint of that shape, with the bundled model's tokenizer, so that the built-in prompts can be written."""
+def write(
+    shape: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    shards: bool = False,
+    seed: int = 0,
+) -> Path:
+    """A checkpoint of that shape, with the bundled model's tokenizer, so that the built-in prompts
+    can be written.
+    """
     torch.manual_seed(seed)
     model: Any = tf.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.float32).to(dtype)
     model.save_pretrained(folder, max_shard_size="1GB" if shards else "200GB")
@@ -45,7 +66,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--shards", action="store_true")
     options = parser.parse_args()
-    print(write(options.shape, options.folder, getattr(torch, options.dtype), shards=options.shards))
+    print(
+        write(options.shape, options.folder, getattr(torch, options.dtype), shards=options.shards)
+    )
 
 
 if __name__ == "__main__":

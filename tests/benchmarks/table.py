@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.table [--medium FOLDER] [--xl FOLDER] [--runs 3]
 
-Each way runs in a process of its own, in turn with those that it is compared with; the table gives medians, ranges and ratios
-of runs that were neighbours. Checkpoints of random weights are written where no folder is named (about 8 GB in all).
+Each way runs in a process of its own, in turn with those that it is compared with; the table gives
+medians, ranges and ratios of runs that were neighbours. Checkpoints of random weights are written
+where no folder is named (about 8 GB in all).
 """
 
 import argparse
@@ -37,13 +38,17 @@ def audit(folder: str) -> dict[str, float]:
     from streamgauge import measure
 
     record = measure(folder, groups=CORE)
-    return {name: float(record.arrays[name].mean()) for name in record.arrays if name.endswith("_samples")}
+    return {
+        name: float(record.arrays[name].mean())
+        for name in record.arrays
+        if name.endswith("_samples")
+    }
 
 
 def norms(folder: str) -> dict[str, float]:
     """streamgauge: norms of the stream and of the weights."""
     from streamgauge import measure
-    from streamgauge.prompts import Prompts
+    from streamgauge.numerics.rows import Prompts
 
     measure(folder, rows=Prompts(rows(), "benchmark", None), groups=("stream", "weights"))
     return {}
@@ -58,20 +63,24 @@ def weights_alone(folder: str) -> dict[str, float]:
 
 
 def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
-    """Open the file, one plain Hugging Face forward pass with sdpa over the built-in prompts, rows of one length together, and
-    the multiplications of the random inputs.
+    """Open the file, one plain Hugging Face forward pass with sdpa over the built-in prompts, rows
+    of one length together, and the multiplications of the random inputs.
 
     samples: how many random vectors each layer's attention and MLP are given.
     """
     import torch
     import transformers as tf
 
-    from streamgauge.forward import BATCH_TOKENS
-    from streamgauge.prompts import read_prompts, tokenise
+    from streamgauge.checkpoints.prompts import read_prompts, tokenise
+    from streamgauge.engine.forward import BATCH_TOKENS
 
-    prompts = tokenise(Path(folder), read_prompts(None), context=1024, vocabulary=50257, shorten=True)
+    prompts = tokenise(
+        Path(folder), read_prompts(None), context=1024, vocabulary=50257, shorten=True
+    )
     assert prompts is not None
-    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = tf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     with torch.no_grad():
         for members in prompts.batches(BATCH_TOKENS):
             model(torch.tensor([prompts.rows[i] for i in members]), use_cache=False)
@@ -79,14 +88,19 @@ def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
         for block in model.transformer.h:
             width = block.attn.c_proj.weight.shape[0]
             for _ in range(attn // 512):
-                torch.randn(512, width) @ block.attn.c_attn.weight[:, -width:] @ block.attn.c_proj.weight
+                torch.randn(512, width) @ block.attn.c_attn.weight[
+                    :, -width:
+                ] @ block.attn.c_proj.weight
             for _ in range(mlp // 512):
                 torch.randn(512, width) @ block.mlp.c_fc.weight @ block.mlp.c_proj.weight
     return {}
 
 
 def transformer_lens(folder: str) -> dict[str, float]:
-    """TransformerLens's documented way to what `stream` and `weights` hold: norms of the stream, of weights and of products."""
+    """TransformerLens's documented way to what `stream` and `weights` hold:
+
+    norms of the stream, of weights and of products.
+    """
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -142,14 +156,16 @@ def cost_of(way: Callable[..., dict[str, float]], *arguments: str) -> Cost:
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{way.__name__}: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}")
+        raise RuntimeError(
+            f"{way.__name__}: {(done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}"
+        )
     said = json.loads(done.stdout.splitlines()[-1])
     return Cost(time.monotonic() - started, said.pop("peak"), said)
 
 
 def run_here(way: str, arguments: list[str]) -> None:
     """The other side of cost_of."""
-    from streamgauge.accounts import Accounts
+    from streamgauge.engine.accounts import Accounts
 
     with Accounts() as accounts:
         said = globals()[way](*arguments)
@@ -157,14 +173,16 @@ def run_here(way: str, arguments: list[str]) -> None:
 
 
 def heads(folder: str) -> dict[str, float]:
-    """Seconds a head for Frobenius and spectral norms of W_OV and W_QK, ours and FactoredMatrix's, and errors against fp64."""
+    """Seconds a head for Frobenius and spectral norms of W_OV and W_QK, ours and FactoredMatrix's,
+    and errors against fp64.
+    """
     import numpy as np
     import torch
     from transformer_lens.FactoredMatrix import FactoredMatrix
 
-    from streamgauge.convention import product_frobenius, product_spectral
-    from streamgauge.memory import reused
-    from streamgauge.weights import gram
+    from streamgauge.engine.memory import reused
+    from streamgauge.groups.weights import gram
+    from streamgauge.numerics.convention import product_frobenius, product_spectral
 
     torch.manual_seed(0)
     n, d_model, d_head = 25, 1600, 64
@@ -195,22 +213,24 @@ def heads(folder: str) -> dict[str, float]:
 
 
 def random_inputs(folder: str) -> dict[str, float]:
-    """Rate of the random inputs' matrix multiplications beside the best that this machine does on large matrices just then."""
+    """Rate of the random inputs' matrix multiplications beside the best that this machine does on
+    large matrices just then.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from streamgauge.blockwise import Blockwise
-    from streamgauge.checkpoint import open_checkpoint
-    from streamgauge.forward import PromptRun
-    from streamgauge.model import load_model, probe_layout
-    from streamgauge.neurons import NeuronMeter
-    from streamgauge.prompts import Prompts
-    from streamgauge.random_input import RandomInputGroup
+    from streamgauge.checkpoints.files import open_checkpoint
+    from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.forward import PromptRun
+    from streamgauge.engine.layout import probe_layout
+    from streamgauge.engine.load import load_model
+    from streamgauge.groups.random_input import EarlyInputs, RandomInputGroup
+    from streamgauge.numerics.rows import Prompts
 
     model = Blockwise(load_model(open_checkpoint(folder), "cpu")[0])
     layout, prompts = probe_layout(model), Prompts(rows(), "benchmark", None)
-    neurons = NeuronMeter(layout, prompts)
-    run, group = PromptRun(model, prompts, [neurons]), RandomInputGroup(model, layout, neurons, None)
+    early = EarlyInputs(layout)
+    run, group = PromptRun(model, prompts, [early]), RandomInputGroup(model, layout, early, None)
     rates, peaks = [], []
     for layer in range(9):
         with torch.no_grad(), model.held(layer):
@@ -218,8 +238,14 @@ def random_inputs(folder: str) -> dict[str, float]:
             with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
                 group.visit(layer)
         if layer:  # the first warms up
-            products = [e for e in profiled.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
-            rates.append(sum(e.flops for e in products) / sum(e.self_cpu_time_total for e in products) / 1e3)
+            products = [
+                e
+                for e in profiled.key_averages()
+                if e.key in ("aten::mm", "aten::addmm", "aten::bmm")
+            ]
+            rates.append(
+                sum(e.flops for e in products) / sum(e.self_cpu_time_total for e in products) / 1e3
+            )
             peaks.append(_peak())
     shares = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
     return {
@@ -242,20 +268,26 @@ def _peak() -> float:
 
 
 def horizon_passes(folder: str) -> dict[str, float]:
-    """The default horizon sweep, clean run and unembeddings included, in forward passes over the same prompts.
+    """The default horizon sweep, clean run and unembeddings included, in forward passes over the
+    same prompts.
 
-    In plain Hugging Face passes, as in bare_minimum, and in our own, whose batches share their products.
+    In plain Hugging Face passes, as in bare_minimum, and in our own, whose batches share their
+    products.
     """
     import torch
     import transformers as tf
 
-    from streamgauge.blockwise import Blockwise
-    from streamgauge.checkpoint import open_checkpoint
-    from streamgauge.forward import BATCH_TOKENS, PromptRun, walk
-    from streamgauge.horizon import CleanRuns, Horizons, Variant, some_rows, token_losses
-    from streamgauge.memory import reused
-    from streamgauge.model import load_model
-    from streamgauge.prompts import Prompts, prompts_for, read_prompts
+    from streamgauge.checkpoints.files import open_checkpoint
+    from streamgauge.checkpoints.prompts import read_prompts
+    from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.clean_runs import CleanRuns, some_rows, token_losses
+    from streamgauge.engine.forward import BATCH_TOKENS, PromptRun, walk
+    from streamgauge.engine.load import load_model
+    from streamgauge.engine.memory import reused
+    from streamgauge.engine.rows import prompts_for
+    from streamgauge.groups.horizon import Horizons
+    from streamgauge.numerics.horizons import Variant
+    from streamgauge.numerics.rows import Prompts
 
     mapped, _ = load_model(open_checkpoint(folder), "cpu")
     prompts = prompts_for(mapped, Path(folder), read_prompts(None), built_in=True)
@@ -263,7 +295,9 @@ def horizon_passes(folder: str) -> dict[str, float]:
 
     prompts = Prompts([prompts.rows[row] for row in some_rows(prompts)], "benchmark", None)
 
-    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    plain = tf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
     def plain_pass() -> None:
         for members in prompts.batches(BATCH_TOKENS):
@@ -291,30 +325,50 @@ def horizon_passes(folder: str) -> dict[str, float]:
         plain_pass()  # warms up
         plain_before, own_before, swept = seconds(plain_pass), seconds(own_pass), seconds(sweep)
         own_after, plain_after = seconds(own_pass), seconds(plain_pass)
-    return {"plain passes": 2 * swept / (plain_before + plain_after), "own passes": 2 * swept / (own_before + own_after)}
+    return {
+        "plain passes": 2 * swept / (plain_before + plain_after),
+        "own passes": 2 * swept / (own_before + own_after),
+    }
 
 
 def warm(folder: str) -> dict[str, float]:
-    """A warm audit of the bundled model and the collection of the whole catalogue, beside pytest on an empty test."""
+    """A warm audit of the bundled model and the collection of the whole catalogue, beside pytest on
+    an empty test.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         empty = Path(scratch) / "test_empty.py"
         empty.write_text("def test_empty():\n    pass\n")
-        run = ["-q", "--store", str(Path(scratch) / "store"), "--model", "pystdlib-3m", "invariants"]
+        run = [
+            "-q",
+            "--store",
+            str(Path(scratch) / "store"),
+            "--model",
+            "pystdlib-3m",
+            "invariants",
+        ]
         bare = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", scratch, str(empty)]
         _pytest(run)
         pairs = [(_pytest(bare)[0], _pytest(run)[0]) for _ in range(5)]
-        _, said = _pytest(["-q", "--collect-only", "--store", str(Path(scratch) / "store"), "invariants"])
+        _, said = _pytest(
+            ["-q", "--collect-only", "--store", str(Path(scratch) / "store"), "invariants"]
+        )
         collected = re.search(r"collected.* in ([\d.]+)s", said)
         assert collected, said
         plain = statistics.median(one for one, _ in pairs)
-        return {"empty": plain, "warm": statistics.median(w for _, w in pairs), "collection": float(collected[1]),
-                "ratio": statistics.median(w / one for one, w in pairs)}  # fmt: skip
+        return {
+            "empty": plain,
+            "warm": statistics.median(w for _, w in pairs),
+            "collection": float(collected[1]),
+            "ratio": statistics.median(w / one for one, w in pairs),
+        }
 
 
 def _pytest(arguments: list[str]) -> tuple[float, str]:
     """Seconds, interpreter start included, and what was printed."""
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True, check=False
+    )
     return time.monotonic() - started, done.stdout
 
 
@@ -322,14 +376,22 @@ def table(medium: str, xl: str, runs: int) -> Iterator[str]:
     """The lines of the table."""
     yield f"{runs} runs; median (least to most)"
     pairs = [_beside_bare_minimum(medium) for _ in range(runs)]
-    yield from _compare("(a) gpt2-medium, cold audit, against the bare minimum", pairs, "at most 1.25")
+    yield from _compare(
+        "(a) gpt2-medium, cold audit, against the bare minimum", pairs, "at most 1.25"
+    )
     pairs = [_beside_bare_minimum(xl) for _ in range(runs)]
     yield from _compare("(a) gpt2-xl's size, likewise", pairs, "at most 1.25")
     pairs = [(cost_of(transformer_lens, medium), cost_of(norms, medium)) for _ in range(runs)]
-    yield from _compare("(b) gpt2-medium, TransformerLens's way, against ours", pairs, "at least 3 in time, 6 in memory")
+    yield from _compare(
+        "(b) gpt2-medium, TransformerLens's way, against ours",
+        pairs,
+        "at least 3 in time, 6 in memory",
+    )
     try:
         pairs = [(cost_of(weightwatcher, medium), cost_of(weights_alone, medium))]
-        yield from _compare("    gpt2-medium, WeightWatcher, against our weights part", pairs, "one run")
+        yield from _compare(
+            "    gpt2-medium, WeightWatcher, against our weights part", pairs, "one run"
+        )
     except RuntimeError as error:
         yield f"    WeightWatcher: {error}"
     for title, way, folder in (
@@ -346,13 +408,18 @@ def table(medium: str, xl: str, runs: int) -> Iterator[str]:
 
 def _beside_bare_minimum(folder: str) -> tuple[Cost, Cost]:
     ours = cost_of(audit, folder)
-    attn, mlp, resampled = (ours.said[f"random_input/{kind}_samples"] for kind in ("attn", "mlp", "resampled"))
+    attn, mlp, resampled = (
+        ours.said[f"random_input/{kind}_samples"] for kind in ("attn", "mlp", "resampled")
+    )
     return ours, cost_of(bare_minimum, folder, str(attn), str(mlp + resampled))
 
 
 def _compare(title: str, pairs: list[tuple[Cost, Cost]], bar: str) -> Iterator[str]:
     yield f"{title} (bar: {bar})"
-    for name, of in (("seconds", lambda cost: cost.seconds), ("peak private GB", lambda cost: cost.peak / 1e9)):
+    for name, of in (
+        ("seconds", lambda cost: cost.seconds),
+        ("peak private GB", lambda cost: cost.peak / 1e9),
+    ):
         one, other = ([of(pair[side]) for pair in pairs] for side in (0, 1))
         ratios = [of(a) / of(b) for a, b in pairs]
         yield f"    {name}: {_median(one)} against {_median(other)}; ratio {_median(ratios)}"
@@ -364,13 +431,17 @@ def _median(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--medium", help="a checkpoint of gpt2-medium's shape")
     parser.add_argument("--xl", help="a checkpoint of gpt2-xl's shape")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, every start would compile what users compile once
+    os.environ.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # with it, every start would compile what users compile once
     if options.way:
         run_here(options.way, arguments)
         return

@@ -1,4 +1,7 @@
-"""How often theorems fail on sound weights: random models of all architectures and many scales, widths and depths. Never."""
+"""How often theorems fail on sound weights:
+
+random models of all architectures and many scales, widths and depths. Never.
+"""
 
 import collections
 from collections.abc import Callable
@@ -18,7 +21,9 @@ Auditing = Callable[..., Audit]
 
 
 def _random(name: str, seed: int) -> Any:
-    """Every parameter far from its default; seeds differ in the scale of the weights, a tenth of the usual to five times it."""
+    """Every parameter far from its default; seeds differ in the scale of the weights, a tenth of
+    the usual to five times it.
+    """
     model = models.random_model(name, seed)
     scale = 0.1 * 50 ** (seed / (SEEDS - 1))
     with torch.no_grad():
@@ -31,16 +36,29 @@ def _random(name: str, seed: int) -> Any:
 def _initialised(name: str, seed: int) -> Any:
     """As it is before training, 1 to 24 layers deep and 16 to 256 wide."""
     draw = np.random.default_rng(seed)
-    depth, heads, width = int(draw.integers(1, 25)), int(draw.choice([1, 2, 4])), int(draw.choice([16, 64, 144, 256]))
+    depth, heads, width = (
+        int(draw.integers(1, 25)),
+        int(draw.choice([1, 2, 4])),
+        int(draw.choice([16, 64, 144, 256])),
+    )
     torch.manual_seed(seed)
     if name == "gpt2":
-        return tf.GPT2LMHeadModel(tf.GPT2Config(**models.GPT2 | {"n_layer": depth, "n_embd": width, "n_head": heads})).float()
-    shape = {"num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": 3 * width}
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(**models.GPT2 | {"n_layer": depth, "n_embd": width, "n_head": heads})
+        ).float()
+    shape = {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 3 * width,
+    }
     config = {"llama": tf.LlamaConfig, "gpt-neox": tf.GPTNeoXConfig}[name](**models.LLAMA | shape)
     return tf.AutoModelForCausalLM.from_config(config).float()
 
 
-def _no_failures(build: Callable[[str, int], Any], name: str, audit: Auditing, folder: Path) -> None:
+def _no_failures(
+    build: Callable[[str, int], Any], name: str, audit: Auditing, folder: Path
+) -> None:
     saved = [models.save(build(name, seed), folder / f"{name}-{seed}") for seed in range(SEEDS)]
     found = audit(*(word for path in saved for word in ("--model", path)), "-m", "theorem")
     print(name, dict(collections.Counter((row["law"], row["outcome"]) for row in found.rows)))

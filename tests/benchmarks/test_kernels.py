@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamgauge.convention import ov_norms
-from streamgauge.growth import growth_rates
-from streamgauge.sketch import sketch
-from streamgauge.tensors import frobenius_norm
+from streamgauge.engine.pieces import frobenius_norm, sketch
+from streamgauge.numerics.convention import ov_norms
+from streamgauge.numerics.growth import growth_rates
 
 HEADS, D_MODEL, D_HEAD = 12, 768, 64
 
@@ -17,7 +16,9 @@ HEADS, D_MODEL, D_HEAD = 12, 768, 64
 @pytest.fixture(scope="module")
 def weights() -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0)
-    return draw.standard_normal((HEADS, D_MODEL, D_HEAD)), draw.standard_normal((HEADS, D_HEAD, D_MODEL))
+    return draw.standard_normal((HEADS, D_MODEL, D_HEAD)), draw.standard_normal(
+        (HEADS, D_HEAD, D_MODEL)
+    )
 
 
 @pytest.mark.benchmark(group="norms of W_OV, one layer of gpt2")

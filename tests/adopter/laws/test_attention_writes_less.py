@@ -8,10 +8,17 @@ Applies to: our models.
 import numpy as np
 import pytest
 
-from streamgauge.bands import below
+from streamgauge.numerics.bands import below
 
 
 @pytest.mark.phenomenon
 def test_attention_writes_less(record, check):
-    attn, mlp = (np.median(record.array(f"stream/{name}"), axis=1) for name in ("attn_out", "mlp_out"))
-    check((attn / mlp).max(), within=below(1e-3, "our own models"), what="attn_out over mlp_out", of="worst layer")
+    attn, mlp = (
+        np.median(record.array(f"stream/{name}"), axis=1) for name in ("attn_out", "mlp_out")
+    )
+    check(
+        (attn / mlp).max(),
+        within=below(1e-3, "our own models"),
+        what="attn_out over mlp_out",
+        of="worst layer",
+    )

@@ -1,0 +1,1 @@
+"""Find, refuse and open checkpoints, and the text that goes with them."""

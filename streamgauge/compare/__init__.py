@@ -1,0 +1,30 @@
+"""Compare two records, quantity by quantity: what moved, where, by how much, and what rounding
+alone could have moved.
+
+Differences are relative. What is allowed is derived: of weights from the rounding of the two
+dtypes, of activations and losses from the `rounding` group, which measured what errors of that size
+do to this model. Together they raise a false alarm of one comparison in a thousand at most.
+"""
+
+from streamgauge.compare.activations import compare_activations, shared_tokens
+from streamgauge.compare.all_kinds import differences, table
+from streamgauge.compare.config import compare_config
+from streamgauge.compare.difference import Difference, beyond, verdict
+from streamgauge.compare.norms import compare_norms
+from streamgauge.compare.predictions import compare_predictions, rows_to_share
+from streamgauge.compare.weights import compare_weights
+
+__all__ = [
+    "Difference",
+    "beyond",
+    "compare_activations",
+    "compare_config",
+    "compare_norms",
+    "compare_predictions",
+    "compare_weights",
+    "differences",
+    "rows_to_share",
+    "shared_tokens",
+    "table",
+    "verdict",
+]

@@ -1,0 +1,28 @@
+"""Two configurations, entry by entry."""
+
+from typing import Any
+
+from streamgauge.compare.difference import Difference
+from streamgauge.errors import NotApplicable
+from streamgauge.record import Record
+
+
+def compare_config(old: Record, new: Record) -> list[Difference]:
+    """Entries of the two configurations, one level deep.
+
+    Raises NotApplicable where a record holds none.
+    """
+    before, after = (record.metadata.get("config") for record in (old, new))
+    if before is None or after is None:
+        raise NotApplicable("a record holds no configuration")
+    found = []
+    for name in sorted(set(before) | set(after)):
+        one, other = before.get(name), after.get(name)
+        says = f"{_short(one)} in the baseline, now {_short(other)}"
+        found.append(Difference(name, "config", 0.0 if one == other else 1.0, 0.5, says))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

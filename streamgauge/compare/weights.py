@@ -1,0 +1,126 @@
+"""Tensors and heads of two records by their sketches:
+
+how far each moved, and what it looks like.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamgauge.compare.difference import Difference
+from streamgauge.compare.rounding import layer_rounding, subnormal, tensor_rounding
+from streamgauge.numerics.names import layer_of, part_of
+from streamgauge.numerics.sketches import HEADS, factor, moved, surely_moved
+from streamgauge.record import Record
+
+SAME = 0.05  # two tensors are one, up to a factor, when less than this is left of their difference
+
+
+def compare_weights(old: Record, new: Record) -> list[Difference]:
+    """Every tensor by its sketch, and heads by theirs.
+
+    Raises NotApplicable where a record has no sketches.
+    """
+    tables = [tensors_of(record) for record in (old, new)]
+    rounding = tensor_rounding(old, new)
+    found = list(_unmatched(*tables))
+    shared = [
+        name
+        for name in tables[0]
+        if name in tables[1] and tables[0][name].shape == tables[1][name].shape
+    ]
+    for name in shared:
+        before, after = tables[0][name], tables[1][name]
+        others = {
+            n: t.sketch for n, t in tables[0].items() if n != name and t.shape == before.shape
+        }
+        size, says = _judge(before.sketch, after.sketch, before.norm, others)
+        allowed = rounding[name] + subnormal(
+            rounding[name], float(np.sqrt(np.prod(before.shape))), before.norm
+        )
+        found.append(
+            Difference(
+                name, part_of(name), size, allowed if before.norm else 0.5, says, layer_of(name)
+            )
+        )
+    return found + list(_heads(old, new))
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    norm: float
+    sketch: np.ndarray
+
+
+def tensors_of(record: Record) -> dict[str, _Tensor]:
+    """Shape, norm and sketch of each tensor, by name."""
+    sketches, norms = record.array("sketch/parameters"), record.array("sketch/norms")
+    rows = zip(record.metadata["parameters"], norms, sketches, strict=True)
+    return {
+        row["name"]: _Tensor(tuple(row["shape"]), float(norm), values) for row, norm, values in rows
+    }
+
+
+def _unmatched(before: dict[str, _Tensor], after: dict[str, _Tensor]) -> Iterator[Difference]:
+    """Tensors that only one of the two has, or that have another shape now."""
+    for name in sorted(set(before) | set(after)):
+        if name not in after:
+            yield Difference(
+                name, part_of(name), 1.0, 0.5, "missing, the baseline has it", layer_of(name)
+            )
+        elif name not in before:
+            yield Difference(
+                name, part_of(name), 1.0, 0.5, "new, the baseline has none", layer_of(name)
+            )
+        elif before[name].shape != after[name].shape:
+            says = f"shape {before[name].shape} in the baseline, now {after[name].shape}"
+            yield Difference(name, part_of(name), 1.0, 0.5, says, layer_of(name))
+
+
+def _judge(
+    before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]
+) -> tuple[float, str]:
+    """Relative difference of two sketches, as it is judged, and what it looks like."""
+    size = float(surely_moved(before, after)) / norm if norm else float(np.abs(after).max() > 0)
+    return size, _looks_like(before, after, norm, others) if size != 0 else "unchanged"
+
+
+def _looks_like(
+    before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]
+) -> str:
+    if not np.isfinite(after).all():
+        return "not finite"
+    if not after.any():
+        return "all zero"
+    times, rest = factor(before, after)
+    if rest < min(SAME, abs(times - 1) / 3):
+        return f"×{times:.4g}" if times > 0 else f"sign turned, ×{times:.4g}"
+    twin = next((name for name, values in others.items() if _is_same(values, after)), None)
+    if twin and rest >= SAME:
+        return f"holds what {twin} held"
+    return (
+        f"moved by {float(moved(before, after)) / norm:.3%} of its norm" if norm else "was all zero"
+    )
+
+
+def _is_same(before: np.ndarray, after: np.ndarray) -> bool:
+    size = float(np.linalg.norm(before))
+    return size > 0 and float(np.linalg.norm(after - before)) < SAME * size
+
+
+def _heads(old: Record, new: Record) -> Iterator[Difference]:
+    by_layer = layer_rounding(old, new)
+    for name in HEADS:
+        before, after = (record.arrays.get(f"sketch/{name}") for record in (old, new))
+        norms = old.arrays.get(f"weights/{name}_raw")
+        if before is None or after is None or norms is None or before.shape != after.shape:
+            continue
+        for layer, head in np.ndindex(*norms.shape):
+            others = {f"head {h}": before[layer, h] for h in range(norms.shape[1]) if h != head}
+            norm, rounding = float(norms[layer, head]), float(by_layer[layer])
+            size, says = _judge(before[layer, head], after[layer, head], norm, others)
+            # No head has more than d_model² numbers.
+            allowed = 2 * rounding + subnormal(rounding, old.metadata["d_model"], norm)
+            yield Difference(name, "attn", size, allowed if norm else 0.5, says, layer, head)

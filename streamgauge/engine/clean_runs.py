@@ -1,0 +1,97 @@
+"""Some of the prompts as the model runs them, with the stream at every layer kept."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.forward import Found, PromptRun
+from streamgauge.numerics.rows import Prompts
+
+if TYPE_CHECKING:
+    import torch
+
+
+ROWS = 16  # prompts on which horizons are tried
+
+
+TOKENS = 4096  # of them at most: their streams at every layer are kept
+
+
+def some_rows(prompts: Prompts) -> list[int]:
+    """Indices of ROWS prompts of two tokens or more, spread over the set; fewer where they have
+    more than TOKENS together.
+    """
+    usable = [index for index, row in enumerate(prompts.rows) if len(row) > 1]
+    for count in range(min(ROWS, len(usable)), 0, -1):
+        chosen = [usable[place] for place in np.linspace(0, len(usable) - 1, count).astype(int)]
+        if count == 1 or sum(len(prompts.rows[index]) for index in chosen) <= TOKENS:
+            return chosen
+    return []
+
+
+def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:
+    """Cross-entropy of each next token, nats, (rows, positions - 1), where a stream ends."""
+    import torch
+
+    losses = []
+    for part in model.in_parts(ids):
+        logits, right = model.logits(ids[part], stream[part])[:, :-1], ids[part][:, 1:]
+        found = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), right.flatten(), reduction="none"
+        )
+        losses.append(found.view(right.shape))
+    return np.asarray(torch.cat(losses).double().cpu().numpy())
+
+
+class CleanRuns:
+    """Some of the prompts as the model runs them: the stream into each block and behind the last,
+    by batch, and its mean.
+
+    run: takes the prompts through the model, and must be visited before. members: by batch, which
+    of `rows` it has; ids: their token ids; streams: by batch and layer.
+    """
+
+    def __init__(self, run: PromptRun) -> None:
+        self.model, self.run = run.model, run
+        self.rows = some_rows(run.prompts)
+        self.places = [
+            [n for n, row in enumerate(batch) if row in self.rows] for batch in run.members
+        ]
+        self.members = [
+            [self.rows.index(batch[n]) for n in kept]
+            for batch, kept in zip(run.members, self.places, strict=True)
+        ]
+        self.ids = [batch.ids[kept] for batch, kept in zip(run.batches, self.places, strict=True)]
+        self.streams: list[list[torch.Tensor]] = [[] for _ in run.batches]
+        self.means: list[torch.Tensor] = []
+        self._keep()
+
+    def visit(self, layer: int) -> None:
+        """Keep what the block made of the stream."""
+        self._keep()
+
+    def found(self) -> Found:
+        """Nothing by itself."""
+        return {}, {}
+
+    def _keep(self) -> None:
+        """Keep the stream as it is now, and its mean at position 0 and at all others, (2,
+        d_model).
+        """
+        import torch
+
+        now = [
+            batch.stream[kept].clone()
+            for batch, kept in zip(self.run.batches, self.places, strict=True)
+        ]
+        for streams, stream in zip(self.streams, now, strict=True):
+            streams.append(stream)
+        sums = [
+            sum(x[:, 0].double().sum(0) for x in now),
+            sum(x[:, 1:].double().sum((0, 1)) for x in now),
+        ]
+        counts = [sum(len(x) for x in now), sum(len(x) * (x.shape[1] - 1) for x in now)]
+        self.means.append(
+            torch.stack([total / max(n, 1) for total, n in zip(sums, counts, strict=True)]).float()
+        )

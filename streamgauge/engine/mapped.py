@@ -1,0 +1,263 @@
+"""A model whose weights stay in its mapped files:
+
+a block has its own in memory, in fp32, only while it is at work.
+"""
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from streamgauge.engine.memory import give_back
+from streamgauge.numerics.names import LAYER
+
+if TYPE_CHECKING:
+    import torch
+
+VOCABULARY_ROWS = 4096  # of the unembedding that are in memory at once
+
+Place = tuple[Any, str, str]  # a module, its attribute, and the parameter's name
+
+# From a parameter's name, some of its values in fp32 and the rows that they are (all where None) to
+# what is used instead.
+Change = Callable[[str, "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
+
+
+class Mapped:
+    """A plain Hugging Face model and where its weights lie.
+
+    model: its modules, whose large parameters have no memory outside of `held`; buffers are real.
+    stored: each parameter by name, as the file has it, mapped rather than read; tied ones under all
+    their names. device: where it computes.
+
+    Each block takes its matrices when it is run and lets go of them afterwards. The input embedding
+    takes the rows it is asked for, the unembedding VOCABULARY_ROWS at a time. Everything else
+    stays: vectors and positions, which are small, and whatever large tables an architecture has
+    outside of its blocks beside those two.
+    """
+
+    def __init__(self, model: Any, stored: "dict[str, torch.Tensor]", device: str) -> None:
+        import torch
+
+        self.model, self.stored, self.device = model, stored, torch.device(device)
+        self.after_taking: list[
+            Callable[[Any], None]
+        ] = []  # told of the block whose weights have come
+        self.after_leaving: list[Callable[[Any], None]] = []  # or gone
+        self.modules: set[Any] = set()  # those that have parameters of their own
+        self._change: Change | None = None
+        self._first_names = {
+            tensor.data_ptr(): name for name, tensor in reversed(stored.items())
+        }  # one name for tied ones
+        self._matrices: dict[Any, list[Place]] = defaultdict(list)  # by block
+        self._small: dict[Any, list[Place]] = defaultdict(
+            list
+        )  # by block, and outside of blocks under None
+        self._holds: Counter[Any] = Counter()
+        self._tables: list[Place] = []  # the embedding and the unembedding
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        for name in stored:
+            path, _, attribute = name.rpartition(".")
+            module, layer = model.get_submodule(path), LAYER.search(f".{name}")
+            self.modules.add(module)
+            block = model.get_submodule(f".{name}"[1 : layer.end() - 1]) if layer else None
+            if block is not None and stored[name].dim() > 1:
+                self._matrices[block].append((module, attribute, name))
+            elif module is embedding or (module is head and attribute == "weight"):
+                self._empty(module, attribute, name)
+                self._tables.append((module, attribute, name))
+                self._serve_rows(module, name) if module is embedding else self._serve_chunks(
+                    module, name
+                )
+            else:
+                self._small[block].append((module, attribute, name))
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+        for places in self._small.values():
+            self._fill(places)
+        for block, places in self._matrices.items():
+            for place in places:
+                self._empty(*place)
+            block.register_forward_pre_hook(self._take_hook(block))
+            block.register_forward_hook(self._leave_hook(block), always_call=True)
+
+    @classmethod
+    def of(cls, model: Any, device: str = "cpu") -> "Mapped":
+        """A model that is in memory already, which is changed in place."""
+        return cls(
+            model,
+            {name: p.data for name, p in model.named_parameters(remove_duplicate=False)},
+            device,
+        )
+
+    def unique(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Each parameter once, in the model's order, as the file has it."""
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        for name, tensor in self.stored.items():
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if key not in seen:
+                seen.add(key)
+                yield name, tensor
+
+    @contextlib.contextmanager
+    def held(self, block: Any) -> Iterator[None]:
+        """Keep a block's weights in memory, in fp32 on the device."""
+        try:
+            self._take(block)
+            yield
+        finally:
+            self._leave(block)
+
+    @contextlib.contextmanager
+    def changes(self, block: Any = None) -> Iterator[Callable[[Change | None], None]]:
+        """Let a held block, or everything outside of blocks, compute with one change after the
+        other of the file's weights.
+        """
+
+        def use(change: Change | None) -> None:
+            if change is not self._change:
+                self._change = change
+                self._refill(block)
+
+        try:
+            yield use
+        finally:
+            use(None)
+
+    @contextlib.contextmanager
+    def without_tables(self) -> Iterator[None]:
+        """Let the embedding and the unembedding be where nothing is copied:
+
+        a bridge that is built puts tables together.
+        """
+        import torch
+
+        for module, attribute, name in self._tables:
+            module._parameters[attribute] = torch.nn.Parameter(
+                self.stored[name].to("meta"), requires_grad=False
+            )
+        try:
+            yield
+        finally:
+            for place in self._tables:
+                self._empty(*place)
+
+    def names_in(self, block: Any) -> list[str]:
+        """The names of a block's parameters."""
+        return [name for _, _, name in self._matrices[block] + self._small[block]]
+
+    def names_by_address(self, block: Any) -> dict[int, str]:
+        """The names of a held block's matrices, by where their memory is."""
+        return {
+            getattr(m, attribute).untyped_storage().data_ptr(): name
+            for m, attribute, name in self._matrices[block]
+        }
+
+    def _value(self, name: str, rows: "torch.Tensor | None" = None) -> "torch.Tensor":
+        import torch
+
+        stored = self.stored[name]
+        value = (stored if rows is None else stored[rows.to(stored.device)]).to(
+            self.device, torch.float32
+        )
+        return (
+            value
+            if self._change is None
+            else self._change(self._first_names[stored.data_ptr()], value, rows)
+        )
+
+    def _refill(self, block: Any) -> None:
+        self._fill(self._small[block])
+        if block is not None:
+            self._fill(self._matrices[block])
+            for tell in self.after_taking:
+                tell(block)
+
+    def _fill(self, places: list[Place]) -> None:
+        import torch
+
+        for module, attribute, name in places:
+            module._parameters[attribute] = torch.nn.Parameter(
+                self._value(name), requires_grad=False
+            )
+
+    def _empty(self, module: Any, attribute: str, name: str) -> None:
+        import torch
+
+        module._parameters[attribute] = torch.nn.Parameter(
+            stand_in(self.stored[name]), requires_grad=False
+        )
+
+    def _take(self, block: Any) -> None:
+        self._holds[block] += 1
+        if self._holds[block] == 1:
+            self._fill(self._matrices[block])
+            for tell in self.after_taking:
+                tell(block)
+
+    def _leave(self, block: Any) -> None:
+        self._holds[block] -= 1
+        if self._holds[block] == 0:
+            for place in self._matrices[block]:
+                self._empty(*place)
+            for tell in self.after_leaving:
+                tell(block)
+            give_back()
+
+    def _take_hook(self, block: Any) -> Any:
+        return lambda module, args: self._take(block)
+
+    def _leave_hook(self, block: Any) -> Any:
+        return lambda module, args, output: self._leave(block)
+
+    def _serve_rows(self, embedding: Any, name: str) -> None:
+        """Let the input embedding, whatever it does to rows, see a table of those rows alone that
+        it is asked for.
+        """
+        import torch
+
+        embedding.padding_idx = None  # matters to gradients only, and lies beyond a short table
+
+        def take(module: Any, args: Any) -> Any:
+            rows, places = args[0].unique(return_inverse=True)
+            module._parameters["weight"] = torch.nn.Parameter(
+                self._value(name, rows), requires_grad=False
+            )
+            return (places, *args[1:])
+
+        embedding.register_forward_pre_hook(take)
+        embedding.register_forward_hook(
+            lambda module, *_: self._empty(module, "weight", name), always_call=True
+        )
+
+    def _serve_chunks(self, head: Any, name: str) -> None:
+        """Let the unembedding multiply by a part of the vocabulary at a time."""
+        import torch
+
+        self.unembedding = self.stored[name]
+
+        def forward(x: "torch.Tensor") -> "torch.Tensor":
+            size = self.stored[name].shape[0]
+            bias = head._parameters.get("bias")
+            logits = x.new_empty((*x.shape[:-1], size))
+            for rows in torch.arange(size).split(VOCABULARY_ROWS):
+                here = slice(int(rows[0]), int(rows[-1]) + 1)
+                part = (
+                    self._value(name, rows)
+                    if self._change
+                    else self.stored[name][here].to(self.device, torch.float32)
+                )
+                logits[..., here] = torch.nn.functional.linear(x, part)
+            return logits if bias is None else logits.add_(bias)
+
+        head.forward = forward
+
+
+def stand_in(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A tensor of the same shape that takes no memory, and makes NaN of whatever is computed with
+    it by mistake.
+    """
+    import torch
+
+    return torch.full((), torch.nan).expand(tensor.shape)

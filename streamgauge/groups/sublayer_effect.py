@@ -1,0 +1,205 @@
+"""The `sublayer_effect` group:
+
+what the model's predictions lose when one sublayer's output is left out at the end.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.clean_runs import CleanRuns
+from streamgauge.engine.forward import Found
+from streamgauge.engine.layout import Layout, probe_norm
+from streamgauge.engine.mapped import VOCABULARY_ROWS
+from streamgauge.engine.memory import give_back
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("attn", "mlp")
+LOGITS = 2**23  # held at once, several times over
+SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
+PROBED = 1.01  # leaves room for the rounding of a factor so found
+STRIDE = (
+    4  # of a prompt's predictions every fourth is looked at: each costs two unembeddings a sublayer
+)
+
+
+class SublayerEffects:
+    """What becomes of predictions without each sublayer's output, in the runs of `clean`, which
+    must be visited before.
+
+    Each output is taken out of the final residual, which the last norm and the unembedding then
+    read: once as it is, and once with the norm dividing by what it divides the full residual by
+    (frozen).
+    """
+
+    def __init__(self, layout: Layout, clean: CleanRuns) -> None:
+        import torch
+
+        self.layout, self.clean, self.model = layout, clean, clean.model
+        self.chosen = [
+            torch.arange(0, ids.shape[1] - 1, STRIDE, device=ids.device) for ids in clean.ids
+        ]
+        self.kept: list[dict[str, list[torch.Tensor]]] = [
+            {kind: [] for kind in KINDS} for _ in clean.ids
+        ]
+        layers = range(clean.model.n_layers)
+        clean.run.read_along(
+            [(f"blocks.{n}.hook_{kind}_out", self._keeper(kind)) for n in layers for kind in KINDS]
+        )
+
+    def visit(self, layer: int) -> None:
+        """Nothing: hooks read."""
+
+    def found(self) -> Found:
+        """Arrays of the group, predictions last."""
+        import torch
+
+        parts: dict[str, list[np.ndarray]] = {}
+        with torch.no_grad():
+            for run in map(
+                self._run, [number for number, ids in enumerate(self.clean.ids) if len(ids)]
+            ):
+                if not parts:
+                    largest = np.array([run.largest_row()])
+                for name, values in run.effects().items():
+                    parts.setdefault(name, []).append(values)
+                give_back()
+        return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {
+            "largest_row": largest
+        }, {}
+
+    def _keeper(self, kind: str) -> Any:
+        def keep(x: "torch.Tensor", hook: Any) -> None:
+            number = self.clean.run.at
+            shape = (
+                *self.clean.run.batches[number].ids.shape,
+                -1,
+            )  # OPT folds rows and positions into one
+            self.kept[number][kind].append(
+                x.reshape(shape)[self.clean.places[number]][:, self.chosen[number]]
+            )
+
+        return keep
+
+    def _run(self, number: int) -> "_Run":
+        import torch
+
+        ids, chosen = self.clean.ids[number], self.chosen[number]
+        outputs = torch.stack([torch.stack(self.kept[number].pop(kind)) for kind in KINDS])
+        return _Run(self.model, self.layout, ids, chosen, self.clean.streams[number][-1], outputs)
+
+
+class _Run:
+    """One batch as the model ran it, and how predictions change without one output.
+
+    Vectors are those at the chosen positions: outputs (2, n_layers, rows, positions, d_model),
+    attention first.
+    """
+
+    def __init__(
+        self,
+        model: Blockwise,
+        layout: Layout,
+        ids: "torch.Tensor",
+        chosen: "torch.Tensor",
+        stream: "torch.Tensor",
+        outputs: "torch.Tensor",
+    ) -> None:
+        self.model, self.layout, self.ids, self.chosen = model, layout, ids, chosen
+        self.stream, self.final, self.outputs = stream, stream[:, chosen], outputs
+        self.norm = model.bridge.ln_final.original_component
+        self.unembedding = model.unembedding
+
+    def effects(self) -> dict[str, np.ndarray]:
+        """Arrays of the group for this batch, predictions last."""
+        import torch
+
+        norm = self.norm
+        gain = torch.as_tensor(probe_norm(norm, self.layout.d_model)[0], device=self.ids.device)
+        final, centred = (
+            self.layout.centre(self.final).double(),
+            self.layout.centre(self.outputs).double(),
+        )
+        scale = (final.square().mean(-1, keepdim=True) + self.layout.epsilon).sqrt()
+        found: dict[str, torch.Tensor] = {
+            "share": (centred * final).sum(-1) / final.square().sum(-1),
+            "size": torch.linalg.vector_norm(centred, dim=-1) / scale[..., 0],
+        }
+        full = norm(self.final[None])
+        found["kl"], found["loss"] = self._changes(full, norm(self.final - self.outputs))
+        found["frozen_kl"], found["frozen_loss"] = self._changes(
+            full, (full - gain * centred / scale).float()
+        )
+        return {
+            f"{kind}_{name}": values[row].flatten(1).double().cpu().numpy()
+            for row, kind in enumerate(KINDS)
+            for name, values in found.items()
+        }
+
+    def largest_row(self) -> float:
+        """Largest norm of a token's row of the unembedding with the last norm's gain folded in,
+        centred over tokens.
+
+        A change δ of the normalised residual moves no logit, beside what moves all alike, by more
+        than this times ‖δ / gain‖. What the architecture multiplies logits by counts: found by
+        trying a small vector.
+        """
+        import torch
+
+        rows = self.unembedding
+        gain = torch.as_tensor(probe_norm(self.norm, self.layout.d_model)[0], dtype=torch.float32)
+        parts = rows.split(VOCABULARY_ROWS)
+        mean = (sum(part.sum(0, dtype=torch.float32) for part in parts) / len(rows)).cpu()
+        largest = max(
+            float(torch.linalg.vector_norm((part.cpu().float() - mean) * gain, dim=1).max())
+            for part in parts
+        )
+        small = SMALL * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+        probes = torch.stack([0 * small, small]).to(self.final).expand(*self.final.shape[:2], 2, -1)
+        moved = self._predict(probes.movedim(2, 0))
+        expected = torch.cat([part.cpu().float() @ small for part in parts]) - mean @ small
+        difference = (moved[1] - moved[0])[0, 0].cpu()
+        factor = (difference - difference.mean()) @ expected / (expected @ expected)
+        return largest * float(factor) * PROBED
+
+    def _changes(
+        self, full: "torch.Tensor", normalised: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """KL(full ‖ without) and the change of loss, (2, n_layers, rows, positions), from what the
+        unembedding reads.
+
+        full: the same of the whole residual, (1, rows, positions, d_model).
+        """
+        import torch
+
+        size = max(1, LOGITS // (self.final[..., 0].numel() * len(self.unembedding)))
+        # The whole residual goes along with every part, so that the two that are compared were
+        # rounded alike.
+        parts = [
+            self._compare(self._predict(torch.cat([full, part])))
+            for part in normalised.flatten(0, 1).split(size)
+        ]
+        kl, loss = (
+            torch.cat(values).unflatten(0, normalised.shape[:2])
+            for values in zip(*parts, strict=True)
+        )
+        return kl, loss
+
+    def _predict(self, normalised: "torch.Tensor") -> "torch.Tensor":
+        """Log odds of tokens: the model's own head, given these vectors in place of its own."""
+        hooks = [("unembed.hook_in", lambda x, hook: normalised.flatten(0, 1))]
+        logits = self.model.logits(self.ids, self.stream, hooks)
+        log_odds: torch.Tensor = logits.log_softmax(-1).unflatten(0, normalised.shape[:2])
+        return log_odds
+
+    def _compare(self, log_odds: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """The first of the log odds against each other."""
+        import torch
+
+        difference = log_odds[0] - log_odds[1:]
+        kl = (log_odds[0].exp() * difference).sum(-1, dtype=torch.float64)
+        tokens = self.ids[:, self.chosen + 1, None].expand(*difference.shape[:-1], 1)
+        return kl, difference.gather(-1, tokens)[..., 0]

@@ -1,0 +1,101 @@
+"""The state of every tensor:
+
+whether its numbers are finite, whether it is dead or another's twin, its norm and its sketch.
+"""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.forward import Found
+from streamgauge.engine.pieces import frobenius_norm, sketch
+from streamgauge.numerics.names import LAYER
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tensors:
+    """What a model's tensors are like; those of a block are read when it is visited, all others at
+    once.
+
+    problems: what is wrong with them by kind, one line each: not finite, all zero, or the same in
+    two layers. Of tensors that belong to a block only matrices are held to be alive and distinct:
+    biases and gains may rightly be zero, and are all alike before training.
+    """
+
+    def __init__(self, model: Blockwise, *, with_sketches: bool) -> None:
+        self.model, self.with_sketches = model, with_sketches
+        self.tensors = dict(model.mapped.unique())
+        self.problems: dict[str, list[str]] = {"not_finite": [], "dead": [], "alike": []}
+        self.norms: dict[str, float] = {}
+        self.sketches: dict[str, np.ndarray] = {}
+        self.distinct: dict[tuple[str, float], list[str]] = defaultdict(list)  # by kind and norm
+        visited = [set(model.names_in(layer)) for layer in range(model.n_layers)]
+        self.names = [[name for name in self.tensors if name in names] for names in visited]
+        for name in [name for name in self.tensors if not any(name in names for names in visited)]:
+            self._read(name)
+
+    def visit(self, layer: int) -> None:
+        """Read a block's tensors."""
+        for name in self.names[layer]:
+            self._read(name)
+
+    def found(self) -> Found:
+        """Sketches and norms, in the model's order."""
+        if not self.with_sketches:
+            return {}, {}
+        sketches, norms = (
+            [kept[name] for name in self.tensors] for kept in (self.sketches, self.norms)
+        )
+        return {"parameters": np.array(sketches), "norms": np.array(norms)}, {}
+
+    def tables(self, dtypes: dict[str, str]) -> list[dict[str, Any]]:
+        """Name and shape of each tensor, and the dtype that its file has it in; a prefix may be
+        missing there.
+        """
+        short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
+        return [
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": short.get(name, short.get(name.split(".", 1)[-1])),
+            }
+            for name, tensor in self.tensors.items()
+        ]
+
+    @property
+    def broken(self) -> bool:
+        """Whether a tensor holds NaN or Inf, with which the model cannot be run."""
+        return bool(self.problems["not_finite"])
+
+    def _read(self, name: str) -> None:
+        import torch
+
+        tensor = self.tensors[name]
+        self.norms[name] = frobenius_norm(tensor)
+        if self.with_sketches:
+            whole = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
+            self.sketches[name] = sketch(whole).cpu().numpy()
+        if not np.isfinite(self.norms[name]):
+            bad = int((~torch.isfinite(tensor)).sum())
+            self.problems["not_finite"].append(
+                f"{name}: {bad} of {tensor.numel()} values are NaN or Inf"
+            )
+        elif LAYER.search(f".{name}") and tensor.dim() > 1:
+            self._compare(name, tensor)
+
+    def _compare(self, name: str, tensor: "torch.Tensor") -> None:
+        import torch
+
+        if self.norms[name] == 0:
+            self.problems["dead"].append(f"{name} is all zero")
+            return
+        others = self.distinct[LAYER.sub(".N.", f".{name}", count=1), self.norms[name]]
+        twin = next((other for other in others if torch.equal(self.tensors[other], tensor)), None)
+        if twin is None:
+            others.append(name)
+        else:
+            self.problems["alike"].append(f"{name} equals {twin}")

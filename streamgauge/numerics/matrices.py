@@ -1,0 +1,81 @@
+"""A checkpoint's own matrices, read with numpy alone by the places that its record notes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamgauge.errors import CheckpointError, NotApplicable
+from streamgauge.numerics.convention import expand_heads, fold_reading, fold_writing
+from streamgauge.record import Record
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """W_V and W_O of a checkpoint by layer, in the convention, fp64.
+
+    read: from a tensor's name to what the files hold under it. record: of these very weights, which
+    notes where the matrices lie.
+    """
+
+    read: Callable[[str], np.ndarray]
+    record: Record
+
+    @property
+    def centres(self) -> bool:
+        """Whether the norms before the weights subtract the mean."""
+        return bool(self.record.metadata["centres"])
+
+    @property
+    def _multiplier(self) -> float:
+        return float(self.record.metadata.get("residual_multiplier", 1.0))
+
+    def W_V(self, layer: int) -> np.ndarray:
+        """Shape (n_heads, d_model, d_head); grouped heads are repeated."""
+        n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
+        gain = self.record.array("weights/ln1_gain")[layer]
+        return expand_heads(fold_reading(self._read("W_V", layer), gain, self.centres), n_heads)
+
+    def W_O(self, layer: int) -> np.ndarray:
+        """Shape (n_heads, d_head, d_model)."""
+        return self._multiplier * fold_writing(self._read("W_O", layer), self.centres)
+
+    def squared_sizes(self) -> np.ndarray:
+        """‖W_V‖²‖W_O‖², (n_layers, n_heads), before centring, at most.
+
+        Rounding of squared norms of W_OV is relative to it.
+        """
+        V, O = (  # noqa: E741
+            self.record.array(f"weights/{name}_raw").astype(float) for name in ("W_V", "W_O")
+        )
+        gains = np.abs(self.record.array("weights/ln1_gain")).max(1, keepdims=True)
+        V = np.repeat(V, O.shape[1] // V.shape[1], axis=1)
+        sizes: np.ndarray = (gains * self._multiplier * V * O) ** 2
+        return sizes
+
+    def _read(self, name: str, layer: int) -> np.ndarray:
+        places = self.record.metadata["matrices"].get(name)
+        if not places:
+            raise NotApplicable(
+                f"{name} of this architecture is not a plain view of a tensor in the file"
+            )
+        place = places[layer]
+        view = strided(self.read(place["tensor"]), place)
+        if view is None:
+            raise CheckpointError(
+                f"the checkpoint and its record disagree on {place['tensor']}; measure again."
+            )
+        return view.astype(np.float64)
+
+
+def strided(array: np.ndarray, place: dict[str, Any]) -> np.ndarray | None:
+    """The view that a place describes, or None where it would reach outside the array."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    steps = zip(place["shape"], place["strides"], strict=True)
+    last = place["offset"] + sum((n - 1) * step for n, step in steps)
+    if min(place["strides"]) < 0 or place["offset"] < 0 or last >= flat.size:
+        return None
+    strides = [step * flat.itemsize for step in place["strides"]]
+    beginning = flat[place["offset"] :]
+    return np.lib.stride_tricks.as_strided(beginning, place["shape"], strides, writeable=False)

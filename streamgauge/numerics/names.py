@@ -1,0 +1,21 @@
+"""Names of tensors, and what they say of where a tensor belongs."""
+
+import re
+
+LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name, None where it has none."""
+    found = LAYER.search(f".{name}")
+    return int(found.group(1)) if found else None
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, by its name."""
+    inside = LAYER.sub(".", f".{name}").lower()
+    if any(word in inside for word in ("norm", "ln_", "ln1", "ln2")):
+        return "norm"
+    if layer_of(name) is None:
+        return "head" if "head" in inside or "embed_out" in inside else "embed"
+    return "attn" if "att" in inside else "mlp"
