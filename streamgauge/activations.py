@@ -19,7 +19,7 @@ from streamgauge.numerics.rows import Prompts
 from streamgauge.store import Store
 
 if TYPE_CHECKING:
-    from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.bridge import Bridge
 
 
 def stored_activations(
@@ -61,20 +61,24 @@ def _compute(
     checkpoint: Checkpoint, paths: dict[str, Path], prompts: Path | None, device: str, limit: int
 ) -> None:
     from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.bridge import NoBridgeError, build_bridge
     from streamgauge.engine.load import load_model
 
-    mapped, _ = load_model(checkpoint, device)
-    rows = prompts_for(mapped, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
-    model = Blockwise(mapped)
-    unknown = [name for name in paths if name not in model.bridge.hook_dict]
+    model = Blockwise(load_model(checkpoint, device).mapped)
+    rows = prompts_for(model, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
+    try:
+        bridge = build_bridge(model)
+    except NoBridgeError as error:
+        raise NotMeasured(f"{error}, whose hooks these are") from error
+    unknown = [name for name in paths if name not in bridge.hook_dict]
     if unknown:
         raise UnknownModelError(
             f"{checkpoint.name} has no hook {unknown[0]!r}; bridge.hook_dict lists those it has."
         )
-    _run(model, rows, paths, limit)
+    _run(bridge, rows, paths, limit)
 
 
-def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) -> None:
+def _run(bridge: "Bridge", rows: Prompts, paths: dict[str, Path], limit: int) -> None:
     """One forward pass over the prompts, each hook's vectors written to its file as they come."""
     import torch
 
@@ -84,13 +88,10 @@ def _run(model: "Blockwise", rows: Prompts, paths: dict[str, Path], limit: int) 
     hooks = [
         (name, lambda x, hook, name=name: seen.update({name: x.detach().cpu()})) for name in paths
     ]
-    with torch.no_grad(), model.hooked(hooks):
+    with torch.no_grad(), bridge.bridge.hooks(fwd_hooks=hooks):
         for batch in rows.batches(BATCH_TOKENS):
-            model.bridge(
-                torch.tensor([rows.rows[i] for i in batch], device=model.device),
-                return_type=None,
-                use_cache=False,
-            )
+            ids = torch.tensor([rows.rows[i] for i in batch], device=bridge.model.device)
+            bridge.bridge(ids, return_type=None, use_cache=False)
             silent = [name for name in paths if name not in seen or len(seen[name]) != len(batch)]
             if silent:
                 raise NotMeasured(f"the hook {silent[0]} gave no row for each prompt")

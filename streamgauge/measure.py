@@ -18,43 +18,41 @@ import numpy as np
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import load_tokenizer
-from streamgauge.engine import forward
 from streamgauge.engine.accounts import Accounts
-from streamgauge.engine.forward import Absent, Found, Group, walk
-from streamgauge.engine.memory import give_back, reused
+from streamgauge.engine.forward import Group, Lacking, walk
+from streamgauge.engine.memory import reused
 from streamgauge.engine.rows import rows_for
 from streamgauge.errors import UnknownModelError
-from streamgauge.groups.patching import measure_patching, tasks_sha256
-from streamgauge.groups.reasons import POST_NORM, SHORT
+from streamgauge.groups.patching import tasks_sha256
 from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.circuits import Task
 from streamgauge.numerics.horizons import variants_of
 from streamgauge.numerics.rows import Prompts
-from streamgauge.progress import track
 from streamgauge.record import Record
 
 if TYPE_CHECKING:
-    from streamgauge.engine.blockwise import Blockwise
     from streamgauge.engine.layout import Layout
     from streamgauge.groups.tensors import Tensors
+    from streamgauge.plan import Plan
 
 LARGE = 2**29  # bytes of weights
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it
 # anew, and keep the others.
 GROUPS = {
-    "stream": 1,
-    "weights": 4,
+    "instrument": 1,
+    "stream": 2,
+    "weights": 5,
     "neurons": 1,
-    "sublayers": 2,
-    "random_input": 1,
+    "sublayers": 3,
+    "random_input": 2,
     "padding": 1,
     "horizon": 2,
-    "sublayer_effect": 3,
+    "sublayer_effect": 4,
     "patching": 1,
-    "sketch": 1,
-    "prediction": 1,
-    "rounding": 2,
+    "sketch": 2,
+    "prediction": 2,
+    "rounding": 3,
 }
 
 # Entries of a configuration that change nothing of what the model computes when it is not trained.
@@ -150,19 +148,19 @@ def _measure(
     from streamgauge.engine.layout import probe_layout
     from streamgauge.engine.load import load_model
     from streamgauge.groups.tensors import Tensors
+    from streamgauge.plan import make_plan
 
     with reused(), Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
             hashing = None if digest else _hash(checkpoint)
-            mapped, unread = load_model(checkpoint, device)
-            beyond = _beyond(checkpoint, mapped.model)
-        with accounts.of("prompts"):
-            rows, why = rows_for(mapped, checkpoint, texts, built_in=built_in)
-        with accounts.of("loading"):
-            model = Blockwise(mapped)
+            opened = load_model(checkpoint, device)
+            beyond = _beyond(checkpoint, opened.mapped.model)
+            model = Blockwise(opened.mapped)
             layout = probe_layout(model)
+        with accounts.of("prompts"):
+            rows, why = rows_for(model, checkpoint, texts, built_in=built_in)
         reached = None
         if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
             with accounts.of("sampling"):
@@ -170,40 +168,55 @@ def _measure(
         kept = _kept(known, rows, wanted)
         missing = [name for name in wanted.groups if name not in kept]
         tensors = Tensors(model, with_sketches="sketch" in missing)
-        groups = {} if rows is None else _groups(model, layout, rows, missing, wanted, checkpoint)
-        walk(
-            model,
-            {"tensors": tensors} | groups,
-            accounts=accounts,
-            show=show,
-            stop=lambda: tensors.broken,
-        )
+        plan = None
+        if rows is not None:
+            plan = make_plan(model, layout, rows, missing, wanted.horizons, checkpoint)
+        visitors: dict[str, Group] = {"tensors": tensors, **(plan.visitors if plan else {})}
+        walk(model, visitors, accounts=accounts, show=show, stop=lambda: tensors.broken)
 
         metadata = _metadata(checkpoint, tensors, layout, wanted)
-        metadata["integrity"] |= {"unread": unread, "tokenizer": beyond}
-        metadata["precision"] = reached
+        metadata["integrity"] |= {"unread": opened.unread, "tokenizer": beyond}
+        metadata |= {"precision": reached, "left_out": opened.left_out}
         arrays: dict[str, np.ndarray] = {}
-        if rows is None or tensors.broken:
-            broken = [
-                f"the weights are not finite: {line}" for line in tensors.problems["not_finite"]
-            ]
-            metadata["failed"] = dict.fromkeys(wanted.groups, [*broken, why][0])
+        if plan is None or tensors.broken:
+            lines = tensors.problems["not_finite"]
+            why = f"the weights are not finite: {lines[0]}" if lines else why
+            metadata["failed"] = dict.fromkeys(wanted.groups, why)
         else:
-            metadata |= _said_of(rows, texts) | {"matrices": _matrices(groups, known)}
-            found = _found(groups, tensors, missing, accounts, show)
-            if "patching" in missing:
-                with accounts.of("patching"):
-                    found["patching"] = measure_patching(
-                        model, checkpoint.folder, wanted.tasks, show
-                    )
-            if known is not None:
-                arrays = _take_over(
-                    known, [name for name in wanted.groups if name not in missing], metadata
-                )
-            for group, (values, absent) in found.items():
-                arrays |= _take_in(group, values, absent, metadata)
+            metadata |= _said_of(plan.rows, texts)
+            arrays = _take_all(plan, tensors, checkpoint, wanted, known, metadata, accounts, show)
         metadata["weights_sha256"] = digest if hashing is None else hashing.result()
         return Record(arrays, metadata | accounts.sums())
+
+
+def _take_all(
+    plan: "Plan",
+    tensors: "Tensors",
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+    known: Record | None,
+    metadata: dict[str, Any],
+    accounts: Accounts,
+    show: bool,
+) -> dict[str, np.ndarray]:
+    """All arrays, of an earlier record and of the walk that has ended; metadata say the rest."""
+    from streamgauge.plan import distrusted, results
+
+    metadata["matrices"] = _matrices(plan.visitors, known)
+    found = results(plan, tensors, checkpoint.folder, wanted.tasks, accounts, show)
+    arrays: dict[str, np.ndarray] = {}
+    if known is not None:
+        kept = [name for name in wanted.groups if name not in plan.missing]
+        arrays = _take_over(known, kept, metadata)
+    for group, (values, absent) in found.items():
+        arrays |= _take_in(group, values, absent, metadata)
+    for name, why in distrusted(plan, found).items():
+        gone = [array for array in arrays if array == name or array.startswith(f"{name}/")]
+        for array in gone:
+            del arrays[array]
+        if gone:
+            metadata["failed"][name] = why
+    return arrays
 
 
 def _hash(checkpoint: Checkpoint) -> "Future[str]":
@@ -296,141 +309,48 @@ def _kept(known: Record | None, rows: Prompts | None, wanted: Wanted) -> list[st
     return current_groups(known, wanted)
 
 
-def _groups(
-    model: "Blockwise",
-    layout: "Layout",
-    rows: Prompts,
-    missing: list[str],
-    wanted: Wanted,
-    checkpoint: Checkpoint,
-) -> dict[str, Group]:
-    """What visits the blocks for the missing groups, in the order in which they need each other.
-
-    The model is run over the prompts only for groups that need it.
-    """
-    from streamgauge.groups import (
-        neurons,
-        padding,
-        prediction,
-        random_input,
-        rounding,
-        sketch,
-        stream,
-        sublayers,
-        weights,
-    )
-
-    def needed(*names: str) -> bool:
-        return bool(set(names) & set(missing))
-
-    groups: dict[str, Group] = {}
-    meters: dict[str, Any] = {}
-    if needed("stream"):
-        meters["stream"] = stream.StreamMeter(layout, rows)
-    if needed("neurons"):
-        meters["neurons"] = neurons.NeuronMeter(layout, rows)
-    if needed("sublayers"):
-        meters["sublayers"] = sublayers.OutputsMeter(layout, rows)
-    early = random_input.EarlyInputs(layout)
-    readers = list(meters.values()) + ([early] if needed("random_input") else [])
-    if readers or needed("prediction", "horizon", "sublayer_effect"):
-        run = groups["prompts"] = forward.PromptRun(model, rows, readers)
-    groups |= meters
-    if needed("sublayers") and sublayers.is_scale_blind(layout):
-        groups["scale_blindness"] = sublayers.ScaleBlindness(model, layout, rows)
-    no_heads = (
-        weights.reason_without_heads(model, layout)
-        if needed("weights", "random_input", "sketch")
-        else None
-    )
-    if needed("weights") and no_heads:
-        groups["weights"] = Absent({"weights": no_heads})
-    elif needed("weights"):
-        groups |= {
-            "weights": weights.WeightsGroup(model, layout),
-            "matrices": weights.Locator(model, checkpoint),
-        }
-    if needed("sketch"):
-        groups["sketch"] = sketch.heads_group(model, no_heads)
-    if needed("random_input"):
-        groups["random_input"] = random_input.RandomInputGroup(model, layout, early, no_heads)
-    if needed("padding"):
-        groups["padding"] = padding.padding_group(model, layout, rows)
-    if needed("prediction"):
-        groups["prediction"] = prediction.PredictionGroup(model, run)
-    if needed("horizon", "sublayer_effect"):
-        groups |= _on_clean_runs(run, layout, missing, wanted)
-    if needed("rounding"):
-        groups["rounding"] = rounding.rounding_group(model, layout, rows)
-    return groups
-
-
-def _on_clean_runs(
-    run: forward.PromptRun, layout: "Layout", missing: list[str], wanted: Wanted
-) -> dict[str, Group]:
-    """The groups that start from some prompts' streams at every layer."""
-    from streamgauge.engine.clean_runs import CleanRuns
-    from streamgauge.groups import horizon, sublayer_effect
-
-    asked = [name for name in ("horizon", "sublayer_effect") if name in missing]
-    if not layout.pre_norm:
-        return {name: Absent({name: POST_NORM}) for name in asked}
-    clean = CleanRuns(run)
-    if not clean.rows:
-        return {name: Absent({name: SHORT}) for name in asked}
-    groups: dict[str, Group] = {"clean_runs": clean}
-    if "horizon" in asked:
-        groups["horizon"] = horizon.Horizons(clean, variants_of(wanted.horizons, layout.n_layers))
-    if "sublayer_effect" in asked:
-        groups["sublayer_effect"] = sublayer_effect.SublayerEffects(layout, clean)
-    return groups
-
-
-def _found(
-    groups: dict[str, Group], tensors: "Tensors", missing: list[str], accounts: Accounts, show: bool
-) -> dict[str, Found]:
-    """What each missing group found, after the walk."""
-    found: dict[str, Found] = {}
-    for name in track([name for name in missing if name in groups], "predictions", show):
-        with accounts.of(name):
-            found[name] = groups[name].found()
-        give_back()
-    for name, more in (("sublayers", groups.get("scale_blindness")), ("sketch", tensors)):
-        if name in found and more is not None:
-            found[name][0].update(more.found()[0])
-    return found
-
-
 def _take_over(known: Record, kept: list[str], metadata: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of an earlier record's groups; what is said of them goes into the new metadata."""
-    for reasons in ("absent", "failed"):
-        metadata[reasons] |= {
-            name: why for name, why in known.metadata[reasons].items() if name.split("/")[0] in kept
-        }
+    for said in ("absent", "failed", "lacking"):
+        of_old = known.metadata.get(said, {}).items()
+        metadata[said] |= {name: why for name, why in of_old if name.split("/")[0] in kept}
     return {name: array for name, array in known.arrays.items() if name.split("/")[0] in kept}
 
 
 def _take_in(
-    group: str, arrays: dict[str, np.ndarray], absent: dict[str, str], metadata: dict[str, Any]
+    group: str,
+    arrays: dict[str, np.ndarray],
+    absent: "dict[str, str | Lacking]",
+    metadata: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """A new group's arrays under their full names, none where some number is not finite."""
-    metadata["absent"] |= {
-        name if name == group else f"{group}/{name}": why for name, why in absent.items()
-    }
-    overflow = _first_not_finite(arrays)
+    for name, why in absent.items():
+        full = name if name == group else f"{group}/{name}"
+        if isinstance(why, str):
+            metadata["absent"][full] = why
+        else:
+            metadata["lacking"][full] = {"why": why.why, "layers": list(why.layers)}
+    overflow = _first_not_finite(arrays, absent)
     if overflow:
         metadata["failed"][group] = overflow
         return {}
     return {f"{group}/{name}": array for name, array in arrays.items()}
 
 
-def _first_not_finite(arrays: dict[str, np.ndarray]) -> str | None:
+def _first_not_finite(
+    arrays: dict[str, np.ndarray], absent: "dict[str, str | Lacking]"
+) -> str | None:
     for name, values in arrays.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            layer = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[0])
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            continue
+        why = absent.get(name)
+        said = Lacking("", ()) if why is None or isinstance(why, str) else why
+        bad = ~np.isfinite(np.moveaxis(values, said.axis, 0))
+        layers = [n for n in range(len(bad)) if bad[n].any() and n not in said.layers]
+        if layers:
             return (
-                f"the model gave NaN or Inf, first in {name} of layer {layer}, although "
-                "every weight is finite"
+                f"the model gave NaN or Inf, first in {name} of layer {layers[0]}, although every "
+                "weight is finite"
             )
     return None
 
@@ -444,13 +364,16 @@ def _metadata(
     model, dtypes, resets = (
         tensors.model.mapped.model,
         stored_dtypes(checkpoint),
-        reset_gains(layout),
+        reset_gains(tensors.model),
     )
     norm = "LayerNorm" if layout.centres else "RMSNorm"
-    if not layout.pre_norm:
+    # NaN in the weights leaves nothing to tell a block's anatomy from.
+    pre_norm = layout.pre_norm or tensors.broken
+    if not pre_norm:
         norm = "post-norm"
-    elif not layout.has_ln1:
+    elif not layout.norms_before("attn"):
         norm = f"{norm}, none before the attention"
+    multipliers = [layout.factor(layer, "attn") for layer in range(layout.n_layers)]
     return {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -460,10 +383,11 @@ def _metadata(
         "arithmetic": "float32",
         "norm": norm,
         "centres": layout.centres,
-        "parallel": layout.parallel,
-        "pre_norm": layout.pre_norm,
+        "parallel": bool(layout.parallel_layers) and not layout.layers_reading("mid"),
+        "pre_norm": pre_norm,
+        "sublayers": _sublayers(layout),
         "epsilon": layout.epsilon,
-        "residual_multiplier": layout.multiplier,
+        "residual_multiplier": multipliers[0] if len(set(multipliers)) == 1 else multipliers,
         "convention": "folded, centred" if layout.centres else "folded, not centred",
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
@@ -479,5 +403,15 @@ def _metadata(
         "device": str(tensors.model.device),
         "matrices": {},
         "absent": {},
+        "lacking": {},
         "failed": {},
     }
+
+
+def _sublayers(layout: "Layout") -> list[list[str]]:
+    """What each block adds to the stream, by the names of its modules."""
+    said = []
+    for anatomy in layout.anatomies:
+        terms = anatomy.terms if anatomy else ()
+        said.append([t.path if t.factor == 1 else f"{t.factor:g} · {t.path}" for t in terms])
+    return said

@@ -4,6 +4,12 @@ numpy alone.
 Arrays are named `group/name`:
 
 ================================  =====================  =========================================
+instrument/block_error            (n_layers,)            difference from transformers' own forward
+                                                         pass, relative to what the block adds;
+                                                         bridge_error: of TransformerLens's bridge;
+                                                         logits_error, (1,), of the logits
+instrument/gain                   (n_layers,)            by how much a block enlarges a relative
+                                                         change of its input
 stream/resid_pre                  (n_layers, n_tok)      norm of the residual stream at each
                                                          block's input
 stream/resid_mid                  (n_layers, n_tok)      norm between attention and MLP (sequential
@@ -11,6 +17,8 @@ stream/resid_mid                  (n_layers, n_tok)      norm between attention 
 stream/resid_post                 (n_layers, n_tok)      norm of the residual stream at each
                                                          block's output
 stream/attn_out, mlp_out          (n_layers, n_tok)      norms of what the two sublayers add
+stream/other_out                  (n_layers, n_tok)      norms of what blocks add that is neither:
+                                                         per-layer inputs, a factor on the stream
 stream/pre_dot_attn               (n_layers, n_tok)      inner product of resid_pre and attn_out
 stream/mid_dot_mlp                (n_layers, n_tok)      inner product of resid_mid and mlp_out (of
                                                          resid_pre in parallel blocks)
@@ -111,7 +119,8 @@ padding/resid                     (n_layers+1, n_pad)    norms of the stream at 
 
 All norms are L2 over d_model in the folded and centred convention (see
 `streamgauge.numerics.convention`), without unit. Rows that a published record does not cover are
-NaN. `metadata["absent"]` says why an array is missing.
+NaN, and so are those of layers that have no such quantity, which `metadata["lacking"]` names with
+the reason. `metadata["absent"]` says why an array is missing.
 """
 
 import difflib
@@ -128,9 +137,8 @@ from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreErr
 
 FORMAT = "streamgauge-record-1"
 STREAM = (
-    "resid_pre resid_mid resid_post attn_out mlp_out pre_dot_attn mid_dot_mlp additivity_error "
-    "ln1_scale ln1_residual "
-    "prompt position is_bos is_padding"
+    "resid_pre resid_mid resid_post attn_out mlp_out other_out pre_dot_attn mid_dot_mlp "
+    "additivity_error ln1_scale ln1_residual prompt position is_bos is_padding"
 )
 WEIGHTS = (
     "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O "
@@ -140,6 +148,7 @@ WEIGHTS = (
     "b_O_raw b_in_raw b_gate_raw b_out_raw W_in_W_out b_in_W_out ln1_gain ln2_gain"
 )
 OTHERS = {
+    "instrument": "block_error bridge_error gain logits_error",
     "neurons": "activation_rate singular_values",
     "sublayers": (
         "attn_dot_mlp pre_dot_mlp_0 raw_norm attn_scale_error mlp_scale_error largest_shift"
@@ -176,10 +185,12 @@ class Record:
     def array(self, name: str) -> np.ndarray:
         """The array called `group/name`.
 
-        Raises NotApplicable where this model or record has none, NotMeasured where measuring it
-        failed.
+        Raises NotApplicable where this model or record has none, or has it in some layers alone
+        (see `partial`), NotMeasured where measuring it failed.
         """
         if name in self.arrays:
+            if name in self.lacking:
+                raise NotApplicable(self.lacking[name]["why"])
             return self.arrays[name]
         group = name.split("/")[0]
         for reasons, error in (
@@ -193,6 +204,50 @@ class Record:
             near = ", ".join(difflib.get_close_matches(name, ARRAYS, n=3, cutoff=0)) or "none"
             raise NotMeasured(f"no record has an array {name!r}; the nearest names are {near}")
         raise NotApplicable(f"this record has no {name}")
+
+    @property
+    def lacking(self) -> dict[str, dict[str, Any]]:
+        """Arrays that not all layers have a value in: why, and which layers are NaN."""
+        found: dict[str, dict[str, Any]] = self.metadata.get("lacking", {})
+        return found
+
+    def partial(self, name: str) -> np.ndarray:
+        """The array called `group/name`, NaN where a layer has no such quantity (`lacking`).
+
+        Raises as `array` does where no layer has.
+        """
+        if name in self.arrays:
+            return self.arrays[name]
+        return self.array(name)
+
+    def rows(self, name: str) -> tuple[list[int], np.ndarray]:
+        """The layers that have a value in the array called `group/name`, and its rows of these.
+
+        Raises as `array` does where no layer has.
+        """
+        array = self.partial(name)
+        layers = [n for n in range(len(array)) if n not in self.lacks(name)]
+        return layers, array[layers]
+
+    def lacks(self, name: str) -> list[int]:
+        """The layers that have no value in an array: all of them where there is no array."""
+        if name not in self.arrays:
+            return list(range(self.n_layers))
+        layers: list[int] = self.lacking.get(name, {"layers": []})["layers"]
+        return layers
+
+    def added(self, kind: str) -> np.ndarray:
+        """Norms of what blocks add by their mixers (`attn`), MLPs (`mlp`) or otherwise (`other`).
+
+        (n_layers, n_tokens), 0 where a block has none. Raises as `array` does where it is not known
+        what blocks add.
+        """
+        self.array("stream/additivity_error")
+        name = f"stream/{kind}_out"
+        if name not in self.arrays:
+            return np.zeros_like(self.resid_pre, dtype=float)
+        norms: np.ndarray = np.nan_to_num(self.arrays[name].astype(float))
+        return norms
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(self.arrays))
@@ -254,7 +309,9 @@ class Record:
         """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""
         if not self.metadata.get("pre_norm", True):
             raise NotApplicable(
-                "post-norm blocks normalise the stream itself, so it does not grow freely"
+                "blocks do more to the stream than add to it, as post-norm blocks do, so it does "
+                "not "
+                "grow freely"
             )
 
     def require_text(self) -> None:

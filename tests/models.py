@@ -2,6 +2,7 @@
 forward hooks.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,25 @@ def random_model(name: str, seed: int = 0) -> Any:
 def blockwise(model: Any) -> Blockwise:
     """A model in memory, as checkpoints are measured."""
     return Blockwise(Mapped.of(model))
+
+
+def bridge(model: Any) -> Any:
+    """TransformerLens's raw bridge around a model in memory, by its own means."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+
+
+def bridge_mlp(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a block of a bridge says that its MLP makes of x, through the norm behind it."""
+    if block.mlp.name is None:  # OPT keeps the two layers on the block itself
+        output = block.mlp.out(block.original_component.activation_fn(getattr(block.mlp, "in")(x)))
+    elif "residual" in inspect.signature(block.mlp.original_component.forward).parameters:
+        output = block.mlp(x, x.new_zeros(()).expand_as(x))  # BLOOM and MPT add the stream inside
+    else:
+        output = block.mlp(x)
+    output = output[0] if isinstance(output, tuple) else output
+    return block.ln2_post(output) if "ln2_post" in block.submodules else output
 
 
 def measure_group(model: Blockwise, *groups: Group) -> Found:

@@ -70,6 +70,12 @@ def sound_record(
         "stream/is_bos": position == 0,
         "stream/is_padding": np.zeros(position.size, bool),
     }
+    arrays |= {
+        "instrument/block_error": np.zeros(n_layers),
+        "instrument/bridge_error": np.full(n_layers, 1e-7),
+        "instrument/gain": np.full(n_layers, 2.0),
+        "instrument/logits_error": np.zeros(1),
+    }
     arrays |= _predictions(n_layers, position)
     arrays |= _beside_the_stream(
         n_layers, attn[:, ~bos].mean(1), mlp[:, ~bos].mean(1), pre + attn + mlp
@@ -81,6 +87,7 @@ def sound_record(
         "epsilon": 1e-5,
         "pre_norm": True,
         "absent": {},
+        "lacking": {},
         "failed": {},
         "matrices": {},
         "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []},

@@ -11,6 +11,7 @@ from streamgauge.laws import laws
 
 # What the sources observe or prove, by part of the model, and the laws that assert it.
 COVERED = {
+    "instrument: same function": ["instrument/same_function"],
     "residual: growth rate": ["residual/growth_rate"],
     "residual: exponential": ["residual/exponential"],
     "residual: super-exponential": ["residual/super_exponential"],

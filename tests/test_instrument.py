@@ -12,6 +12,7 @@ import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint, tensor_reader
 from streamgauge.engine.bridge import build_bridge
 from streamgauge.engine.forward import PromptRun, walk
+from streamgauge.engine.heads import Heads
 from streamgauge.engine.layout import probe_layout, probe_norm, run_mlp
 from streamgauge.groups.random_input import EarlyInputs, RandomInputGroup
 from streamgauge.groups.stream import StreamMeter
@@ -34,7 +35,8 @@ REFUSED = {
 def measured(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any]:
     model = models.blockwise(models.random_model(name))
     layout, prompts = probe_layout(model), Prompts(ROWS, "test", 1)
-    meter, weights = StreamMeter(layout, prompts), WeightsGroup(model, layout)
+    meter = StreamMeter(layout, prompts)
+    weights = WeightsGroup(layout, Heads(build_bridge(model), None))
     walk(model, {"prompts": PromptRun(model, prompts, [meter]), "weights": weights})
     return meter.found()[0], weights.found()[0], layout
 
@@ -48,7 +50,7 @@ def test_agrees_with_plain_hooks(name: str) -> None:
 
 
 def compatible(name: str) -> Any:
-    bridge = build_bridge(models.random_model(name))
+    bridge = models.bridge(models.random_model(name))
     try:
         bridge.enable_compatibility_mode()
     except Exception as error:
@@ -90,16 +92,16 @@ def test_weights_and_biases_agree_with_compatibility_mode(name: str) -> None:
                 np.testing.assert_allclose(
                     weights["b_in_W_out"][n], (b_in @ W_out).norm(), rtol=1e-5
                 )
-    assert {"W_in", "W_out"} <= set(weights) or not layout.has_neurons
+    assert {"W_in", "W_out"} <= set(weights) or not layout.with_neurons
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_raw_norms_are_the_files(name: str) -> None:
     _, weights, layout = measured(name)
-    model = build_bridge(models.random_model(name))
+    model = models.bridge(models.random_model(name))
     for n, block in enumerate(model.blocks):
         for kind in ("W_Q", "W_K", "W_V", "W_O") + (
-            ("W_in", "W_out") if layout.has_neurons else ()
+            ("W_in", "W_out") if layout.with_neurons else ()
         ):
             own = getattr(block.attn if kind[-1] in "QKVO" else block.mlp, kind).detach().double()
             np.testing.assert_allclose(
@@ -112,7 +114,8 @@ def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
     model = models.blockwise(models.random_model(name))
     layout = probe_layout(model)
     found, _ = models.measure_group(
-        model, RandomInputGroup(model, layout, EarlyInputs(layout), None)
+        model,
+        RandomInputGroup(model, layout, EarlyInputs(layout), Heads(build_bridge(model), None)),
     )
     oracle = compatible(name)
     x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[
@@ -123,7 +126,7 @@ def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
         attn = sum(x @ W_V[h // (len(W_O) // len(W_V))] @ W_O[h] for h in range(len(W_O)))
         expected = {
             "attn": block.ln1_post(attn) if "ln1_post" in block.submodules else attn,
-            "mlp": run_mlp(block, layout, x),
+            "mlp": models.bridge_mlp(block, x),
         }
         for kind, answers in expected.items():
             norms = answers.detach().double().norm(dim=-1).numpy()
@@ -141,7 +144,7 @@ def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
 def test_agrees_with_compatibility_mode(name: str) -> None:
     stream, weights, layout = measured(name)
     bridge = compatible(name)
-    kinds = ["resid_pre", "attn_out", "mlp_out", *([] if layout.parallel else ["resid_mid"])]
+    kinds = ["resid_pre", "attn_out", "mlp_out", *([] if layout.parallel_layers else ["resid_mid"])]
     with torch.no_grad():
         cache = bridge.run_with_cache(IDS)[1]
     for kind in kinds:
@@ -279,15 +282,14 @@ def test_shards_and_one_file_give_the_same_record(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_the_closed_form_of_the_mlp_is_what_the_block_adds(name: str) -> None:
     model = models.blockwise(models.random_model(name))
-    layout = probe_layout(model)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         (f"blocks.1.{h}", lambda x, hook, h=h: seen.__setitem__(h, x.clone()))
         for h in ("mlp.hook_in", "hook_mlp_out")
     ]
-    with torch.no_grad(), model.held(1) as block:
+    with torch.no_grad(), model.held(1):
         models.run(model, IDS, hooks)
-        answer = run_mlp(block, layout, seen["mlp.hook_in"])
+        answer = run_mlp(model, 1, seen["mlp.hook_in"])
     torch.testing.assert_close(
         answer.reshape(seen["hook_mlp_out"].shape), seen["hook_mlp_out"], rtol=1e-4, atol=1e-5
     )

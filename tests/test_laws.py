@@ -198,8 +198,25 @@ OWN_BANDS = [
 OWN_CIRCUITS = Path(__file__).with_name("circuits.toml")
 LOSS = f"horizon/loss.{DEFAULT.name}"
 
+
 # Law, the model the record says it was made from (it chooses the band), what is wrong with it.
+def _instrument(name: str, error: float) -> Callable[[], Record]:
+    """A record in which one layer, or the logits, are not what transformers computes."""
+
+    def broken() -> Record:
+        sound = sound_record()
+        values = sound.arrays[f"instrument/{name}"].copy()
+        values[-1] = error
+        return Record({**sound.arrays, f"instrument/{name}": values}, sound.metadata)
+
+    return broken
+
+
 CONTROLS: list[tuple[str, str, Callable[[], Record]]] = [
+    ("instrument/same_function", "another-walk", _instrument("block_error", 1e-4)),
+    ("instrument/same_function", "another-bridge", _instrument("bridge_error", 1e-4)),
+    ("instrument/same_function", "other-logits", _instrument("logits_error", 1e-2)),
+    ("instrument/same_function", "not-a-number", _instrument("block_error", np.nan)),
     ("residual/growth_rate", "shrinking", lambda: sound_record(0.99)),
     ("residual/growth_rate", "constant", lambda: sound_record(1.0)),
     ("residual/growth_rate", "gpt2-xl", lambda: sound_record(1.06, n_layers=48)),
@@ -678,7 +695,7 @@ def test_additivity_finds_a_stream_that_is_rounded_to_bf16() -> None:
     model = models.blockwise(models.random_model("llama"))
     meter = StreamMeter(probe_layout(model), Prompts([[1, 2, 3, 4]], "test", 1))
     for block in model.blocks:
-        block.hook_out.add_hook(lambda x, hook: x.bfloat16().float(), is_permanent=True)
+        block.register_forward_hook(lambda module, args, x: x.bfloat16().float())
     walk(model, {"prompts": PromptRun(model, meter.prompts, [meter])})
     assert meter.found()[0]["additivity_error"].max() > 8 * 2.0**-24
 
@@ -722,9 +739,7 @@ def test_a_gain_that_was_reset_is_found(audit: Auditing, tmp_path: Path) -> None
     row = audit(
         "--model", models.save(model, tmp_path / "reset"), "-k", "gains_vary or integrity"
     ).row("weights/gains_vary")
-    assert (
-        row["outcome"] == "fail" and "layer 4: the gain of the norm before the MLP" in row["reason"]
-    )
+    assert row["outcome"] == "fail" and "layer 4: the gain of ln_2 is constant" in row["reason"]
 
 
 def _dead_layer(model: Any) -> None:
@@ -793,10 +808,7 @@ def test_without_a_norm_scale_blindness_would_fail() -> None:
     model = models.blockwise(models.random_model("gpt2"))
     layout = probe_layout(model)
     for block in model.blocks:
-        divides_by_a_constant = lambda x, norm=block.ln2: norm.hook_in(x) / 2**20  # noqa: E731
-        object.__setattr__(
-            block.ln2, "forward", divides_by_a_constant
-        )  # bridges hand plain attributes on to what they wrap
+        block.ln_2.forward = lambda x: x / 2**20
     errors, _ = models.measure_group(
         model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1))
     )

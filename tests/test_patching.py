@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fixtures import catalogue
+from streamgauge.engine.bridge import build_bridge
 from streamgauge.errors import SettingsError
 from streamgauge.groups.patching import _scores
 from streamgauge.numerics.circuits import read_circuits
@@ -83,15 +84,12 @@ def _by_hand(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", OUT)
 def test_scores_agree_with_patching_by_hand(name: str) -> None:
-    model, swapped = (
-        models.blockwise(models.random_model(name)),
-        [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS],
-    )
-    both = [_scores(model, pairs) for pairs in (PAIRS, swapped)]
+    bridge = build_bridge(models.blockwise(models.random_model(name)))
+    swapped = [(clean, corrupted, b, a) for clean, corrupted, a, b in PAIRS]
+    both = [_scores(bridge, pairs) for pairs in (PAIRS, swapped)]
     scores = [found for found in both if not isinstance(found, str)]
-    assert (
-        len(scores) == 1
-    )  # random weights get one of the two wrong, which is said rather than scored
+    # Random weights get one of the two wrong, which is said rather than scored.
+    assert len(scores) == 1
     np.testing.assert_allclose(scores[0], _by_hand(name), rtol=1e-3, atol=1e-5)
 
 
@@ -109,12 +107,12 @@ def test_a_users_circuit_is_measured_on_the_bundled_model(audit: Callable[..., A
 def test_only_patching_is_measured_again_for_another_task(
     audit: Callable[..., Audit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamgauge.engine import forward
+    from streamgauge import plan
 
     report = audit("--model", "pystdlib-3m", "-k", "circuit_patching")
     assert "no circuit of this model is known" in report.row("attention/circuit_patching")["reason"]
     monkeypatch.setattr(
-        forward, "PromptRun", lambda *_: pytest.fail("the model was run over the prompts again")
+        plan, "PromptRun", lambda *_: pytest.fail("the model was run over the prompts again")
     )
     found = audit("--model", "pystdlib-3m", "-k", "circuit_patching", "--circuits", OWN)
     assert found.row("attention/circuit_patching")["value"] is not None

@@ -50,7 +50,7 @@ Applies to: everything.
 """
 
 import pytest
-from streamgauge.bands import between
+from streamgauge.numerics.bands import between
 
 
 @pytest.mark.theorem

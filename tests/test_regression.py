@@ -15,7 +15,9 @@ import transformers as tf
 
 import streamgauge
 from streamgauge.compare import beyond, differences
-from streamgauge.groups import sketch
+from streamgauge.engine.pieces import sketch
+from streamgauge.errors import CheckpointError
+from streamgauge.numerics import sketches
 from streamgauge.record import Record
 from tests import faults, models
 from tests.conftest import Audit, shared_checkpoint
@@ -135,19 +137,39 @@ def test_another_order_of_prompts_raises_no_alarm(baselines: Any) -> None:
     ]
 
 
-def test_a_mask_that_leaks_is_found(baselines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.gpt2 import modeling_gpt2
+def test_a_mask_that_leaks_in_one_layer_is_found(
+    baselines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
     folder, record = baselines("gpt2")
+    forward = GPT2Attention.forward
+
+    def leaking(self: Any, x: Any, *args: Any, attention_mask: Any = None, **others: Any) -> Any:
+        mask = torch.zeros_like(attention_mask) if self.layer_idx == 1 else attention_mask
+        return forward(self, x, *args, attention_mask=mask, **others)
+
+    monkeypatch.setattr(GPT2Attention, "forward", leaking)
+    verdict = faults.compare_with(record, folder)
+    assert verdict.found and "layer 1 attn" in verdict.says
+    found = streamgauge.measure(folder)
+    changes = found.array("prediction/later_changes")
+    assert changes[:2].max() < 1e-6 < 1e-3 < changes[2:].min()
+    assert np.argmax(found.array("prediction/future_weight") > 1e-3) == 1
+
+
+def test_a_mask_that_leaks_everywhere_is_that_of_an_encoder(
+    baselines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.gpt2 import modeling_gpt2
+
+    folder, _ = baselines("gpt2")
     make = modeling_gpt2.create_causal_mask
     monkeypatch.setattr(
         modeling_gpt2, "create_causal_mask", lambda *a, **k: torch.zeros_like(make(*a, **k))
     )
-    verdict = faults.compare_with(record, folder)
-    assert verdict.found and "layer 0 attn" in verdict.says
-    leaking = streamgauge.measure(folder)
-    assert leaking.array("prediction/later_changes").max() > 1e-3
-    assert leaking.array("prediction/future_weight").max() > 1e-3
+    with pytest.raises(CheckpointError, match="not causal as it is saved"):
+        streamgauge.measure(folder)
 
 
 def test_one_token_says_nothing_of_causality(baselines: Any) -> None:
@@ -163,22 +185,22 @@ def test_sketches_estimate_distances() -> None:
     torch.manual_seed(0)
     weight = torch.randn(200, 96)
     moved = weight + 0.01 * torch.randn(200, 96)
-    one, other = sketch.sketch(weight).numpy(), sketch.sketch(moved).numpy()
-    assert sketch.moved(one, other) == pytest.approx(float((moved - weight).norm()), rel=0.5)
-    assert sketch.surely_moved(one, other) < float((moved - weight).norm())
-    assert sketch.surely_moved(
-        one, sketch.sketch(weight[torch.randperm(200)]).numpy()
-    ) > 0.05 * float(weight.norm())
+    one, other = sketch(weight).numpy(), sketch(moved).numpy()
+    assert sketches.moved(one, other) == pytest.approx(float((moved - weight).norm()), rel=0.5)
+    assert sketches.surely_moved(one, other) < float((moved - weight).norm())
+    assert sketches.surely_moved(one, sketch(weight[torch.randperm(200)]).numpy()) > 0.05 * float(
+        weight.norm()
+    )
     seen = []
     for first in range(
         0, 200, 2
     ):  # two rows that changed places: half of the sketches cannot see it
         order = torch.arange(200)
         order[[first, first + 1]] = order[[first + 1, first]]
-        seen.append(sketch.surely_moved(one, sketch.sketch(weight[order]).numpy()) > 0)
+        seen.append(sketches.surely_moved(one, sketch(weight[order]).numpy()) > 0)
     assert all(seen)
     stacked = torch.stack([weight, moved])
-    np.testing.assert_allclose(sketch.sketch(stacked).numpy(), np.stack([one, other]), rtol=1e-9)
+    np.testing.assert_allclose(sketch(stacked).numpy(), np.stack([one, other]), rtol=1e-9)
 
 
 def test_sketches_raise_no_false_alarm() -> None:
@@ -191,12 +213,15 @@ def test_sketches_raise_no_false_alarm() -> None:
         difference = left @ right.T
         a, b = (rng.randint(0, 2, (10_000, 16, n)) * 2 - 1 for n in (40, 30))
         s = np.einsum("dki,ij,dkj->dk", a, difference, b, optimize=True)
-        assert (sketch.surely_moved(np.zeros_like(s), s) <= np.linalg.norm(difference)).all()
+        assert (sketches.surely_moved(np.zeros_like(s), s) <= np.linalg.norm(difference)).all()
 
 
 def test_signs_never_change() -> None:
     """Records are compared years later."""
-    assert sketch.signs(6, 0)[0].tolist() == SIGNS[0] and sketch.signs(6, 1)[0].tolist() == SIGNS[1]
+    assert (
+        sketches.signs(6, 0)[0].tolist() == SIGNS[0]
+        and sketches.signs(6, 1)[0].tolist() == SIGNS[1]
+    )
 
 
 def test_an_audit_with_a_baseline(

@@ -215,7 +215,10 @@ def _as_measured_by_the_first_instrument(record: Record) -> Record:
     return Record(first, metadata | {"instrument": 1})
 
 
-def test_a_record_of_the_first_instrument_gains_what_it_lacks(tmp_path: Path) -> None:
+def test_a_record_of_the_first_instrument_gains_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GROUPS, "stream", 1)  # as if that group had never changed
     checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
     store = Store(tmp_path / "store")
     store.prepare()
@@ -238,7 +241,7 @@ def test_weights_are_measured_again_without_a_forward_pass(
     checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
     known = streamgauge.measure(checkpoint)
     monkeypatch.setattr(
-        "streamgauge.engine.forward.PromptRun",
+        "streamgauge.plan.PromptRun",
         lambda *_: pytest.fail("a forward pass over the prompts"),
     )
     monkeypatch.setitem(GROUPS, group, 99)

@@ -103,7 +103,7 @@ def test_maps_in_lists_are_left_to_each_batch() -> None:
     model = models.blockwise(models.planted_gpt2(1.05))
     with model.held(0) as block:
         maps = model.linear_maps(0)
-        assert len(maps) == 7  # W_Q, W_K and W_V, together and apart, W_O, W_in and W_out
+        assert len(maps) == 4  # W_Q, W_K and W_V together, W_O, W_in and W_out
         block.experts = nn.ModuleList([nn.Linear(2, 2)])
         assert model.linear_maps(0) == maps
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint, tensor_names
+from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
 from streamgauge.engine.rows import prompts_for
 from streamgauge.errors import CheckpointError, StreamgaugeError
@@ -270,7 +271,7 @@ def _opened(folder: Path) -> None:
     """What comes before a forward pass; whatever else than our own errors it raises is a crash."""
     with contextlib.suppress(StreamgaugeError):
         checkpoint = open_checkpoint(folder)
-        model, _ = load_model(checkpoint, "cpu")
+        model = Blockwise(load_model(checkpoint, "cpu").mapped)
         prompts_for(model, checkpoint.folder, ["w1 w2", "w3"], built_in=True)
 
 

@@ -21,30 +21,25 @@ STEPS, SAMPLES = 3, 8
 
 @pytest.mark.theorem
 def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
-    spectral, frobenius = (
-        record.array("weights/W_OV_spectral"),
-        record.array("weights/W_OV_frobenius"),
-    )
-    d_model, d_head = weights.W_V(0).shape[1:]
-    part = product_rounding(d_model, d_head)
-    rounding = part * weights.squared_sizes()
-    bound = below(1 + part, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
-    largest = _at_most(spectral, rounding)
-    check(
-        (spectral / _at_most(frobenius, rounding)).max(),
-        within=bound,
-        what="σ₁ over ‖W_OV‖_F",
-        of="all heads",
-    )
-    widest = (frobenius / largest).max() / min(d_head, d_model) ** 0.5
-    check(widest, within=bound, what="‖W_OV‖_F over √d_head σ₁", of="all heads")
-    for layer in range(len(spectral)):
-        x = np.random.default_rng(layer).standard_normal((SAMPLES, d_model))
-        gains = _largest_gains(x, weights.W_V(layer), weights.W_O(layer)) / largest[layer]
-        head = int(gains.argmax())  # a NaN where there is one
-        check(
-            gains[head], within=bound, what="‖x W_OV‖ over σ₁ ‖x‖", of=f"layer {layer}, head {head}"
+    for layer in weights.layers:
+        W_V, W_O = weights.W_V(layer), weights.W_O(layer)
+        heads, d_model, d_head = W_V.shape
+        spectral, frobenius = (
+            record.partial(f"weights/W_OV_{name}")[layer, :heads]
+            for name in ("spectral", "frobenius")
         )
+        part = product_rounding(d_model, d_head)
+        rounding = part * weights.squared_sizes(layer)
+        bound = below(1 + part, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
+        largest = _at_most(spectral, rounding)
+        x = np.random.default_rng(layer).standard_normal((SAMPLES, d_model))
+        for what, ratios in {
+            "σ₁ over ‖W_OV‖_F": spectral / _at_most(frobenius, rounding),
+            "‖W_OV‖_F over √d_head σ₁": frobenius / largest / min(d_head, d_model) ** 0.5,
+            "‖x W_OV‖ over σ₁ ‖x‖": _largest_gains(x, W_V, W_O) / largest,
+        }.items():
+            head = int(ratios.argmax())  # a NaN where there is one
+            check(ratios[head], within=bound, what=what, of=f"layer {layer}, head {head}")
 
 
 def _at_most(norms: np.ndarray, rounding: np.ndarray) -> np.ndarray:

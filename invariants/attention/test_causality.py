@@ -1,18 +1,17 @@
 """Later tokens change nothing before them, and attention shares itself out among what is there.
 
 Two runs whose first tokens are the same: largest relative difference of the stream at these tokens,
-over layers; largest attention weight on a later position, which must be none at all; largest |Σ -
-1| over rows of attention patterns.
+over layers; largest attention weight on a later position, which must be none at all; largest
+|Σ - 1| over rows of attention patterns, or Σ - 1 where attention has a sink, which takes the rest.
 Source: definition of causal attention (Vaswani et al. 2017, §3.2.3) and of softmax.
-Applies to: every causal language model; rows where attention has no sink of its own.
+Applies to: every causal language model; rows where attention shows its weights.
 """
 
 import pytest
 
 from streamgauge.numerics.bands import below
+from streamgauge.numerics.rounding import UNIT
 from streamgauge.record import Record
-
-UNIT = 2.0**-24  # rounding of fp32
 
 
 @pytest.mark.theorem
@@ -29,16 +28,14 @@ def test_causality(record: Record, check) -> None:
     check(changes.max(), within=order, what="change of the stream by later tokens, relative", of=of)
     if "prediction/row_sum_error" not in record.arrays:
         return
-    future, error = (
-        record.array("prediction/future_weight"),
-        record.array("prediction/row_sum_error"),
-    )
+    layers, future = record.rows("prediction/future_weight")
+    _, error = record.rows("prediction/row_sum_error")
     nothing = below(UNIT, "a masked score is -∞, its weight 0")
     check(
         future.max(),
         within=nothing,
         what="attention weight on a later position",
-        of=f"largest at layer {int(future.argmax())}",
+        of=f"largest at layer {layers[int(future.argmax())]}",
     )
     rounding = below(
         4 * length * UNIT, f"quotients of a sum of up to {length} terms in fp32 (Higham 2002, §4.2)"
@@ -47,5 +44,5 @@ def test_causality(record: Record, check) -> None:
         error.max(),
         within=rounding,
         what="|Σ - 1| of attention rows",
-        of=f"largest at layer {int(error.argmax())}",
+        of=f"largest at layer {layers[int(error.argmax())]}",
     )

@@ -32,16 +32,15 @@ SOURCE = f"{SAMPLES} samples, false-alarm rate {FALSE_ALARM} a model (Laurent an
 
 @pytest.mark.theorem
 def test_frobenius_is_random_response(record: Record, weights: Matrices, check) -> None:
-    norms = record.array("weights/W_OV_frobenius")
-    sizes, all_dead = weights.squared_sizes(), True
-    for layer in range(len(norms)):
+    norms, all_dead = record.partial("weights/W_OV_frobenius"), True
+    for layer in weights.layers:
         W_V, W_O = weights.W_V(layer), weights.W_O(layer)
         d_model, d_head = W_V.shape[1:]
         x = random_inputs(SAMPLES, d_model, weights.centres, seed=layer)
         per_norm = d_model / (d_model - 1) if weights.centres else 1.0
-        rounding = per_norm * product_rounding(d_model, d_head) * sizes[layer]
+        rounding = per_norm * product_rounding(d_model, d_head) * weights.squared_sizes(layer)
         responses = ((x @ W_V @ W_O) ** 2).sum(-1).mean(-1) + rounding
-        expected = per_norm * norms[layer] ** 2 + rounding
+        expected = per_norm * norms[layer, : len(W_O)] ** 2 + rounding
         forms = per_norm * product_eigenvalues(*ov_grams(W_V, W_O))
         for head in range(len(W_O)):
             if not responses[head] and not expected[head]:

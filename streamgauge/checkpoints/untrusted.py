@@ -18,7 +18,7 @@ JSON_LIMIT = 2**26  # bytes of a configuration or an index
 TOKENIZER_LIMIT = 2**29  # bytes of any other file but weights
 LARGEST = 10**6  # of a number in a configuration that counts parts
 COUNTS_NO_PARTS = re.compile(
-    r"theta|window|position|length|token|vocab|_id|scal|factor|size|seed|context|base|inner|dim|ctx|embd"
+    r"theta|window|position|length|token|vocab|_id|scal|factor|size|seed|context|base|inner|dim|ctx|embd|value"
 )
 LAYERS = re.compile(r"layers?$|depth$")
 EXPERTS = re.compile(r"experts?$")

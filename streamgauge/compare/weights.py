@@ -117,10 +117,12 @@ def _heads(old: Record, new: Record) -> Iterator[Difference]:
         norms = old.arrays.get(f"weights/{name}_raw")
         if before is None or after is None or norms is None or before.shape != after.shape:
             continue
-        for layer, head in np.ndindex(*norms.shape):
+        for layer, head in np.argwhere(~np.isnan(norms)):  # where a layer has such a head
             others = {f"head {h}": before[layer, h] for h in range(norms.shape[1]) if h != head}
             norm, rounding = float(norms[layer, head]), float(by_layer[layer])
             size, says = _judge(before[layer, head], after[layer, head], norm, others)
             # No head has more than d_model² numbers.
             allowed = 2 * rounding + subnormal(rounding, old.metadata["d_model"], norm)
-            yield Difference(name, "attn", size, allowed if norm else 0.5, says, layer, head)
+            yield Difference(
+                name, "attn", size, allowed if norm else 0.5, says, int(layer), int(head)
+            )

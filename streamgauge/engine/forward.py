@@ -4,14 +4,16 @@ needs it for.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from streamgauge.engine.accounts import Accounts
-from streamgauge.engine.blockwise import Blockwise, Hooks, by_layer, grouped
+from streamgauge.engine.blockwise import Blockwise, by_layer, grouped
 from streamgauge.engine.memory import give_back
+from streamgauge.engine.points import Hooks
 from streamgauge.numerics.rows import Prompts
 from streamgauge.progress import track
 
@@ -21,9 +23,19 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 1024
 
 Readings = dict[tuple[str, int], list[np.ndarray]]
-Found = tuple[
-    dict[str, np.ndarray], dict[str, str]
-]  # a group's arrays without its prefix, and why others are absent
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """Why some layers have no value in an array, which is NaN there; axis: that of layers."""
+
+    why: str
+    layers: tuple[int, ...]
+    axis: int = 0
+
+
+# A group's arrays without its prefix; and why others are absent, or lack some layers.
+Found = tuple[dict[str, np.ndarray], dict[str, "str | Lacking"]]
 
 
 class Group(Protocol):
@@ -116,10 +128,13 @@ class PromptRun:
 
 
 class Reading:
-    """A group that reads each block for itself: `read` gives a layer's values by name."""
+    """A group that reads each block for itself: `read` gives a layer's values by name.
 
-    def __init__(self, read: Callable[[int], dict[str, Any]]) -> None:
-        self.read = read
+    why: what is said of a value that some layers do not have.
+    """
+
+    def __init__(self, read: Callable[[int], dict[str, Any]], why: str) -> None:
+        self.read, self.why = read, why
         self.layers: list[dict[str, Any]] = []
 
     def visit(self, layer: int) -> None:
@@ -128,15 +143,49 @@ class Reading:
 
     def found(self) -> Found:
         """The values of all layers, stacked."""
-        return {
-            name: np.array([values[name] for values in self.layers]) for name in self.layers[0]
-        }, {}
+        return stacked(self.layers, self.why)
+
+
+def stacked(layers: Sequence[dict[str, Any]], why: str) -> Found:
+    """Values by name of each layer as arrays over layers: NaN where a layer has none, or fewer
+    heads than another.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    lacking: dict[str, str | Lacking] = {}
+    for name in dict.fromkeys(name for values in layers for name in values):
+        rows = [np.asarray(values[name]) if name in values else None for values in layers]
+        shapes = {row.shape for row in rows if row is not None}
+        shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+        missing = tuple(n for n, row in enumerate(rows) if row is None or row.shape != shape)
+        if not missing:
+            arrays[name] = np.array(rows)
+            continue
+        array = arrays[name] = np.full((len(rows), *shape), np.nan)
+        for layer, row in enumerate(rows):
+            if row is not None:
+                own: tuple[Any, ...] = (layer, *map(slice, row.shape))
+                array[own] = row
+        lacking[name] = Lacking(f"{in_words(missing)}: {why}", missing)
+    return arrays, lacking
+
+
+def in_words(layers: Sequence[int]) -> str:
+    """`layer 3`, or `layers 0 to 2, 4 and 6 to 8`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"layer{'s' * (len(layers) > 1)} {listed}"
 
 
 class Absent:
     """A group that this model does not have."""
 
-    def __init__(self, reasons: dict[str, str]) -> None:
+    def __init__(self, reasons: "dict[str, str | Lacking]") -> None:
         self.reasons = reasons
 
     def visit(self, layer: int) -> None:

@@ -3,7 +3,8 @@
 Imports torch inside functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from streamgauge.checkpoints.files import Checkpoint, count_elements, stored_dtypes
@@ -15,45 +16,91 @@ from streamgauge.numerics.names import LAYER, layer_of
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
 
 
-def load_model(checkpoint: Checkpoint, device: str) -> tuple[Mapped, list[str]]:
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's language model.
+
+    unread: names of tensors in the files' blocks that the model has no place for. left_out: in
+    words, the parts beside the language model that are not measured; None where there are none.
+    """
+
+    mapped: Mapped
+    unread: list[str]
+    left_out: str | None
+
+
+def load_model(checkpoint: Checkpoint, device: str) -> Opened:
     """The checkpoint as a plain Hugging Face causal language model that computes in fp32: eager
-    attention, eval mode.
+    attention, eval mode. Its weights are mapped, not read.
 
-    Its weights are mapped, not read. With the names of the tensors in the files' blocks that the
-    model has no place for.
-
-    Raises CheckpointError for an architecture that transformers or the bridge does not know, and
-    for weights that do not fill the model that config.json describes.
+    Raises CheckpointError for an architecture that transformers does not know, and for weights that
+    do not fill the model that config.json describes.
     """
     import torch
     import transformers
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise _unsupported(checkpoint, str(error)) from error
-    config.return_dict = True  # a matter of form, and transformers' own models cannot do without
-    architectures = getattr(config, "architectures", None)
-    named = (
-        architectures[0] if isinstance(architectures, list) and architectures else config.model_type
-    )
-    auto = transformers.AutoModelForCausalLM
-    if type(config) not in auto._model_mapping:
-        raise _unsupported(checkpoint, f"{named} is not a causal language model")
-    architecture = auto._model_mapping[type(config)].__name__
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise _unsupported(checkpoint, f"TransformerLens has no bridge for {architecture}")
+    config, auto = _configured(checkpoint)
     refuse_sizes(
         checkpoint.folder / "config.json",
         lambda: auto.from_config(config),
         count_elements(checkpoint),
     )
     dtype = _mapped_dtype(checkpoint)
+    model, loading = _fill(checkpoint, auto, config, dtype)
+    own = _language_model(model)
+    _refuse_missing(checkpoint, [name for name in loading["missing_keys"] if own(name)])
+    depth = config.get_text_config().num_hidden_layers
+    _refuse_beyond(checkpoint, loading["unexpected_keys"], depth)
+    unread = _unread(model, loading["unexpected_keys"])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {name: parameter.data for name, parameter in parameters.items() if own(name)}
+    if dtype != torch.float32:
+        model = _in_fp32(
+            model,
+            lambda: auto.from_config(config, dtype=torch.float32, attn_implementation="eager"),
+        )
+    try:
+        mapped = Mapped(model.eval(), stored, device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises of a device
+        raise CheckpointError(
+            f"the device {device!r} cannot be used ({first_line(error)}); name another with "
+            "--device."
+        ) from error
+    return Opened(mapped, unread, _say_left_out(parameters, own))
+
+
+def _configured(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The configuration, and transformers' way to build the language model of it: causal, or one
+    that other parts (vision, audio) lie beside.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a stranger's configuration makes transformers raise anything
+        raise _unsupported(checkpoint, str(error)) from error
+    # Matters of form: transformers' own models cannot do without the first, and collect for nothing
+    # what the others ask for.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    if getattr(config, "rescale_every", 0):
+        # RWKV halves weights and stream every few layers so that fp16 does not overflow. fp32 needs
+        # none.
+        config.rescale_every = 0
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return config, auto
+    architectures = getattr(config, "architectures", None)
+    listed = architectures if isinstance(architectures, list) else []
+    named = next(iter(listed), config.model_type)
+    raise _unsupported(checkpoint, f"{named} is not a causal language model")
+
+
+def _fill(checkpoint: Checkpoint, auto: Any, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights mapped, and what transformers says of names that do not match."""
     try:
         model, loading = auto.from_pretrained(
             checkpoint.folder,
@@ -65,41 +112,47 @@ def load_model(checkpoint: Checkpoint, device: str) -> tuple[Mapped, list[str]]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:
+    except Exception as error:  # whatever transformers makes of a stranger's files
         raise CheckpointError(
             f"the weights in {checkpoint.folder} do not fit its config.json ({first_line(error)})."
         ) from error
-    missing = sorted(loading["missing_keys"])
+    return model, loading
+
+
+def _refuse_missing(checkpoint: Checkpoint, missing: list[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, "
-            f"{missing[0]} first: "
+            f"{min(missing)} first: "
             "the checkpoint is truncated or its config belongs to another model."
         )
-    depth = config.get_text_config().num_hidden_layers
-    beyond = [name for name in sorted(loading["unexpected_keys"]) if (layer_of(name) or 0) >= depth]
+
+
+def _refuse_beyond(checkpoint: Checkpoint, unexpected: Iterable[str], depth: int) -> None:
+    beyond = [name for name in sorted(unexpected) if (layer_of(name) or 0) >= depth]
     if beyond:
         raise CheckpointError(
             f"{checkpoint.folder} holds {len(beyond)} tensors of layers that its config.json does "
             f"not have, {beyond[0]} first: "
             "its config belongs to another model."
         )
-    unread = _unread(model, loading["unexpected_keys"])
-    stored = {
-        name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    if dtype != torch.float32:
-        model = _in_fp32(
-            model,
-            lambda: auto.from_config(config, dtype=torch.float32, attn_implementation="eager"),
-        )
-    try:
-        return Mapped(model.eval(), stored, device), unread
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"the device {device!r} cannot be used ({first_line(error)}); name another with "
-            "--device."
-        ) from error
+
+
+def _language_model(model: Any) -> Callable[[str], bool]:
+    """Whether a parameter belongs to the language model, for a model that may have other parts."""
+    if model.config.get_text_config() is model.config:
+        return lambda name: True
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules() if any(module is p for p in parts)]
+    return lambda name: any(name.startswith(f"{path}.") for path in paths)
+
+
+def _say_left_out(parameters: dict[str, Any], own: Callable[[str], bool]) -> str | None:
+    others = [name for name in parameters if not own(name)]
+    if not others:
+        return None
+    parts = sorted({".".join(name.split(".")[:2]) for name in others})
+    return f"{len(others)} tensors beside the language model, in {', '.join(parts)}"
 
 
 def _mapped_dtype(checkpoint: Checkpoint) -> Any:
@@ -112,11 +165,8 @@ def _mapped_dtype(checkpoint: Checkpoint) -> Any:
     import torch
 
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
-    kinds = {
-        dtype
-        for name, dtype in stored_dtypes(checkpoint).items()
-        if "F" in dtype and not name.endswith(BUFFERS)
-    }
+    dtypes = stored_dtypes(checkpoint).items()
+    kinds = {dtype for name, dtype in dtypes if "F" in dtype and not name.endswith(BUFFERS)}
     return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 

@@ -1,6 +1,5 @@
-"""A model whose weights stay in its mapped files:
-
-a block has its own in memory, in fp32, only while it is at work.
+"""A model whose weights stay in its mapped files: a block has its own in memory, in fp32, only
+while it is at work.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from streamgauge.engine.memory import give_back
-from streamgauge.numerics.names import LAYER
+from streamgauge.numerics.names import block_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +17,8 @@ VOCABULARY_ROWS = 4096  # of the unembedding that are in memory at once
 
 Place = tuple[Any, str, str]  # a module, its attribute, and the parameter's name
 
-# From a parameter's name, some of its values in fp32 and the rows that they are (all where None) to
-# what is used instead.
+# From a parameter's name, some of its values in fp32 and the rows that they are (all where None)
+# to what is used instead.
 Change = Callable[[str, "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
 
 
@@ -40,56 +39,54 @@ class Mapped:
         import torch
 
         self.model, self.stored, self.device = model, stored, torch.device(device)
-        self.after_taking: list[
-            Callable[[Any], None]
-        ] = []  # told of the block whose weights have come
-        self.after_leaving: list[Callable[[Any], None]] = []  # or gone
+        # Told of the path of a block whose weights have come, or gone.
+        self.after_taking: list[Callable[[str], None]] = []
+        self.after_leaving: list[Callable[[str], None]] = []
         self.modules: set[Any] = set()  # those that have parameters of their own
         self._change: Change | None = None
-        self._first_names = {
-            tensor.data_ptr(): name for name, tensor in reversed(stored.items())
-        }  # one name for tied ones
-        self._matrices: dict[Any, list[Place]] = defaultdict(list)  # by block
-        self._small: dict[Any, list[Place]] = defaultdict(
-            list
-        )  # by block, and outside of blocks under None
-        self._holds: Counter[Any] = Counter()
-        self._tables: list[Place] = []  # the embedding and the unembedding
+        # One name for tied ones.
+        self._first_names = {tensor.data_ptr(): name for name, tensor in reversed(stored.items())}
+        self._matrices: dict[str | None, list[Place]] = defaultdict(list)  # by block
+        self._small: dict[str | None, list[Place]] = defaultdict(list)  # and outside under None
+        self._holds: Counter[str] = Counter()
+        self._tables: dict[Any, list[Place]] = defaultdict(list)  # by skeleton
+        self.add(model)
+
+    def add(self, model: Any) -> None:
+        """Let another skeleton of the same model have the same weights, when a block is at work."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        for name in stored:
+        new: dict[str | None, list[Place]] = defaultdict(list)
+        for name, stored in self.stored.items():
             path, _, attribute = name.rpartition(".")
-            module, layer = model.get_submodule(path), LAYER.search(f".{name}")
+            module, block = model.get_submodule(path), block_of(name)
+            place = (module, attribute, name)
             self.modules.add(module)
-            block = model.get_submodule(f".{name}"[1 : layer.end() - 1]) if layer else None
-            if block is not None and stored[name].dim() > 1:
-                self._matrices[block].append((module, attribute, name))
+            if block is not None and stored.dim() > 1:
+                self._empty(*place)
+                self._matrices[block].append(place)
             elif module is embedding or (module is head and attribute == "weight"):
-                self._empty(module, attribute, name)
-                self._tables.append((module, attribute, name))
-                self._serve_rows(module, name) if module is embedding else self._serve_chunks(
-                    module, name
-                )
+                self._empty(*place)
+                self._tables[model].append(place)
+                if module is embedding:
+                    self._serve_rows(module, name)
+                else:
+                    self._serve_chunks(module, name)
             else:
-                self._small[block].append((module, attribute, name))
+                self._small[block].append(place)
+                new[block].append(place)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
-        for places in self._small.values():
+        for places in new.values():
             self._fill(places)
-        for block, places in self._matrices.items():
-            for place in places:
-                self._empty(*place)
-            block.register_forward_pre_hook(self._take_hook(block))
-            block.register_forward_hook(self._leave_hook(block), always_call=True)
+        for path in [path for path in self._matrices if path is not None]:
+            self._take_when_run(model.get_submodule(path), path)
 
     @classmethod
     def of(cls, model: Any, device: str = "cpu") -> "Mapped":
         """A model that is in memory already, which is changed in place."""
-        return cls(
-            model,
-            {name: p.data for name, p in model.named_parameters(remove_duplicate=False)},
-            device,
-        )
+        stored = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
+        return cls(model, stored, device)
 
     def unique(self) -> "Iterator[tuple[str, torch.Tensor]]":
         """Each parameter once, in the model's order, as the file has it."""
@@ -101,7 +98,7 @@ class Mapped:
                 yield name, tensor
 
     @contextlib.contextmanager
-    def held(self, block: Any) -> Iterator[None]:
+    def held(self, block: str) -> Iterator[None]:
         """Keep a block's weights in memory, in fp32 on the device."""
         try:
             self._take(block)
@@ -110,7 +107,7 @@ class Mapped:
             self._leave(block)
 
     @contextlib.contextmanager
-    def changes(self, block: Any = None) -> Iterator[Callable[[Change | None], None]]:
+    def changes(self, block: str | None = None) -> Iterator[Callable[[Change | None], None]]:
         """Let a held block, or everything outside of blocks, compute with one change after the
         other of the file's weights.
         """
@@ -126,48 +123,45 @@ class Mapped:
             use(None)
 
     @contextlib.contextmanager
-    def without_tables(self) -> Iterator[None]:
-        """Let the embedding and the unembedding be where nothing is copied:
-
-        a bridge that is built puts tables together.
+    def without_tables(self, model: Any) -> Iterator[None]:
+        """Let a skeleton's embedding and unembedding be where nothing is copied: a bridge that is
+        built puts the tables of tokens and of positions together, where there are both.
         """
         import torch
 
-        for module, attribute, name in self._tables:
-            module._parameters[attribute] = torch.nn.Parameter(
-                self.stored[name].to("meta"), requires_grad=False
-            )
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        if len(tables) < 2:
+            yield
+            return
+        for module, attribute, name in self._tables[model]:
+            nothing = self.stored[name].to("meta")
+            module._parameters[attribute] = torch.nn.Parameter(nothing, requires_grad=False)
         try:
             yield
         finally:
-            for place in self._tables:
+            for place in self._tables[model]:
                 self._empty(*place)
 
-    def names_in(self, block: Any) -> list[str]:
-        """The names of a block's parameters."""
-        return [name for _, _, name in self._matrices[block] + self._small[block]]
+    def names_in(self, block: str) -> list[str]:
+        """The names of a block's parameters, each once."""
+        return list(dict.fromkeys(n for _, _, n in self._matrices[block] + self._small[block]))
 
-    def names_by_address(self, block: Any) -> dict[int, str]:
+    def names_by_address(self, block: str) -> dict[int, str]:
         """The names of a held block's matrices, by where their memory is."""
-        return {
-            getattr(m, attribute).untyped_storage().data_ptr(): name
-            for m, attribute, name in self._matrices[block]
-        }
+        places = self._matrices[block]
+        return {getattr(m, attr).untyped_storage().data_ptr(): name for m, attr, name in places}
 
     def _value(self, name: str, rows: "torch.Tensor | None" = None) -> "torch.Tensor":
         import torch
 
         stored = self.stored[name]
-        value = (stored if rows is None else stored[rows.to(stored.device)]).to(
-            self.device, torch.float32
-        )
-        return (
-            value
-            if self._change is None
-            else self._change(self._first_names[stored.data_ptr()], value, rows)
-        )
+        value = stored if rows is None else stored[rows.to(stored.device)]
+        value = value.to(self.device, torch.float32)
+        if self._change is None:
+            return value
+        return self._change(self._first_names[stored.data_ptr()], value, rows)
 
-    def _refill(self, block: Any) -> None:
+    def _refill(self, block: str | None) -> None:
         self._fill(self._small[block])
         if block is not None:
             self._fill(self._matrices[block])
@@ -175,28 +169,29 @@ class Mapped:
                 tell(block)
 
     def _fill(self, places: list[Place]) -> None:
+        """Give parameters their values; skeletons share them."""
         import torch
 
+        values: dict[str, torch.nn.Parameter] = {}
         for module, attribute, name in places:
-            module._parameters[attribute] = torch.nn.Parameter(
-                self._value(name), requires_grad=False
-            )
+            if name not in values:
+                values[name] = torch.nn.Parameter(self._value(name), requires_grad=False)
+            module._parameters[attribute] = values[name]
 
     def _empty(self, module: Any, attribute: str, name: str) -> None:
         import torch
 
-        module._parameters[attribute] = torch.nn.Parameter(
-            stand_in(self.stored[name]), requires_grad=False
-        )
+        nothing = stand_in(self.stored[name])
+        module._parameters[attribute] = torch.nn.Parameter(nothing, requires_grad=False)
 
-    def _take(self, block: Any) -> None:
+    def _take(self, block: str) -> None:
         self._holds[block] += 1
         if self._holds[block] == 1:
             self._fill(self._matrices[block])
             for tell in self.after_taking:
                 tell(block)
 
-    def _leave(self, block: Any) -> None:
+    def _leave(self, block: str) -> None:
         self._holds[block] -= 1
         if self._holds[block] == 0:
             for place in self._matrices[block]:
@@ -205,11 +200,18 @@ class Mapped:
                 tell(block)
             give_back()
 
-    def _take_hook(self, block: Any) -> Any:
-        return lambda module, args: self._take(block)
+    def _take_when_run(self, module: Any, block: str) -> None:
+        """Let a block's forward have its weights.
 
-    def _leave_hook(self, block: Any) -> Any:
-        return lambda module, args, output: self._leave(block)
+        Whatever stands in for that forward needs none.
+        """
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.held(block):
+                return own(*args, **kwargs)
+
+        module.forward = forward
 
     def _serve_rows(self, embedding: Any, name: str) -> None:
         """Let the input embedding, whatever it does to rows, see a table of those rows alone that
@@ -219,14 +221,14 @@ class Mapped:
 
         embedding.padding_idx = None  # matters to gradients only, and lies beyond a short table
 
-        def take(module: Any, args: Any) -> Any:
-            rows, places = args[0].unique(return_inverse=True)
-            module._parameters["weight"] = torch.nn.Parameter(
-                self._value(name, rows), requires_grad=False
-            )
-            return (places, *args[1:])
+        def take(module: Any, args: Any, kwargs: Any) -> Any:
+            ids, *others = args or (kwargs.pop("input"),)
+            rows, places = ids.unique(return_inverse=True)
+            value = self._value(name, rows)
+            module._parameters["weight"] = torch.nn.Parameter(value, requires_grad=False)
+            return (places, *others), kwargs
 
-        embedding.register_forward_pre_hook(take)
+        embedding.register_forward_pre_hook(take, with_kwargs=True)
         embedding.register_forward_hook(
             lambda module, *_: self._empty(module, "weight", name), always_call=True
         )
@@ -243,11 +245,10 @@ class Mapped:
             logits = x.new_empty((*x.shape[:-1], size))
             for rows in torch.arange(size).split(VOCABULARY_ROWS):
                 here = slice(int(rows[0]), int(rows[-1]) + 1)
-                part = (
-                    self._value(name, rows)
-                    if self._change
-                    else self.stored[name][here].to(self.device, torch.float32)
-                )
+                if self._change:
+                    part = self._value(name, rows)
+                else:
+                    part = self.stored[name][here].to(self.device, torch.float32)
                 logits[..., here] = torch.nn.functional.linear(x, part)
             return logits if bias is None else logits.add_(bias)
 

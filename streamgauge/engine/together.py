@@ -86,3 +86,8 @@ def _answers(multiply: Any, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]
         [len(rows) for rows in flat]
     )
     return [part.view(*vectors.shape[:-1], -1) for part, vectors in zip(parts, inputs, strict=True)]
+
+
+def running() -> Any:
+    """The computation that is under way, by which what belongs to it can be kept apart."""
+    return getcurrent()

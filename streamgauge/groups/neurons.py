@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.engine.forward import Found, Readings, by_token, note
+from streamgauge.engine.forward import Found, Lacking, Readings, by_token, note
 from streamgauge.engine.layout import Layout
-from streamgauge.groups.reasons import EXPERTS
+from streamgauge.groups.reasons import EXPERTS, lacking, only_said
 from streamgauge.numerics.rows import Prompts
 
 if TYPE_CHECKING:
@@ -24,33 +24,35 @@ class NeuronMeter:
         self.position = min(map(len, prompts.rows)) - 1
         self.readings: Readings = {}
         self.hidden: dict[int, list[torch.Tensor]] = {}
-        self.singular_values: list[np.ndarray] = []
+        self.singular_values: dict[int, np.ndarray] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
         """What bridge.hooks takes."""
-        layers = range(self.layout.n_layers)
-        if not self.layout.has_neurons:
-            return []
+        layers = self.layout.with_neurons
         before = [(f"blocks.{n}.mlp.hook_pre", self._hook(self._read_rate, n)) for n in layers]
         behind = [(f"blocks.{n}.mlp.hook_post", self._hook(self._keep_hidden, n)) for n in layers]
         return before + behind
 
     def visit(self, layer: int) -> None:
         """Reduce what the hooks kept of a layer."""
-        if self.position and self.hidden:
-            self.singular_values.append(_singular_values(self.hidden.pop(layer)))
+        if self.position and layer in self.hidden:
+            self.singular_values[layer] = _singular_values(self.hidden.pop(layer))
 
     def found(self) -> Found:
         """Arrays of the group, and why others are absent."""
         arrays = by_token(self.readings, self.layout.n_layers, self.prompts)
         if self.singular_values:
-            arrays["singular_values"] = np.array(self.singular_values)
+            rows = next(iter(self.singular_values.values()))
+            values = np.full((self.layout.n_layers, len(rows)), np.nan)
+            for layer, row in self.singular_values.items():
+                values[layer] = row
+            arrays["singular_values"] = values
         return arrays, self._absent()
 
-    def _absent(self) -> dict[str, str]:
-        if not self.layout.has_neurons:
-            return {"activation_rate": EXPERTS, "singular_values": EXPERTS}
-        return {} if self.position else {"singular_values": ONE_TOKEN}
+    def _absent(self) -> dict[str, str | Lacking]:
+        why = lacking(self.layout, self.layout.with_neurons, EXPERTS)
+        reasons = only_said({"activation_rate": why, "singular_values": why})
+        return reasons if self.position else reasons | {"singular_values": ONE_TOKEN}
 
     def _hook(self, read: Any, layer: int) -> Any:
         def hooked(x: "torch.Tensor", hook: Any) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.checkpoints.tokenizers import load_tokenizer
-from streamgauge.engine.blockwise import Blockwise
-from streamgauge.engine.forward import Found
+from streamgauge.engine.bridge import Bridge
+from streamgauge.engine.forward import Found, Lacking
 from streamgauge.numerics.circuits import Pair, Task
 from streamgauge.progress import track
 
@@ -41,26 +41,28 @@ def tasks_sha256(tasks: Sequence[Task]) -> str:
 
 
 def measure_patching(
-    model: Blockwise, folder: Path, tasks: Sequence[Task], show: bool = False
+    bridge: Bridge | None, folder: Path, tasks: Sequence[Task], show: bool = False
 ) -> Found:
     """Each task's scores, (n_layers, n_heads), and why they are absent.
 
-    A head's score is the part of the clean prompts' advantage over the corrupted ones (log odds of
-    answer against wrong, summed over pairs) that its output on the clean prompt, put into the
-    corrupted run at all positions, brings back.
+    bridge: TransformerLens's, which patches. A head's score is the part of the clean prompts'
+    advantage over the corrupted ones (log odds of answer against wrong, summed over pairs) that its
+    output on the clean prompt, put into the corrupted run at all positions, brings back.
     """
     if not tasks:
         return {}, {"patching": NO_TASK}
-    if "blocks.0.attn.hook_z" not in model.bridge.hook_dict:
+    if bridge is None or any(
+        f"blocks.{n}.attn.hook_z" not in bridge.hook_dict for n in bridge.layers
+    ):
         return {}, {"patching": NO_HEADS}
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return {}, {"patching": NO_TOKENIZER}
     arrays: dict[str, np.ndarray] = {}
-    absent: dict[str, str] = {}
+    absent: dict[str, str | Lacking] = {}
     for task in track(tasks, "patching heads", show):
         pairs = [ids for pair in task.pairs if (ids := _token_ids(tokenizer, pair)) is not None]
-        scores = _scores(model, pairs) if pairs else NO_PAIR
+        scores = _scores(bridge, pairs) if pairs else NO_PAIR
         if isinstance(scores, str):
             absent[task.name] = scores
         else:
@@ -94,29 +96,28 @@ def _token_ids(tokenizer: Any, pair: Pair) -> PairIds | None:
     return bos + clean, bos + corrupted, answer[0], wrong[0]
 
 
-def _scores(model: Blockwise, pairs: list[PairIds]) -> np.ndarray | str:
+def _scores(bridge: Bridge, pairs: list[PairIds]) -> np.ndarray | str:
     import torch
 
     by_length: dict[int, list[PairIds]] = {}
     for pair in pairs:
         by_length.setdefault(len(pair[0]), []).append(pair)
     with torch.no_grad():
-        sums = [_advantages(model, batch) for batch in by_length.values()]
+        sums = [_advantages(bridge, batch) for batch in by_length.values()]
     patched, clean, corrupted = (sum(values) for values in zip(*sums, strict=True))
     if not float(clean - corrupted) > 0:
         return NO_EFFECT
     return np.asarray((patched - corrupted) / (clean - corrupted))
 
 
-def _advantages(model: Blockwise, pairs: list[PairIds]) -> tuple[np.ndarray, float, float]:
-    """Log odds of answer against wrong, summed over pairs of one length:
-
-    with each head patched, clean, and corrupted.
+def _advantages(bridged: Bridge, pairs: list[PairIds]) -> tuple[np.ndarray, float, float]:
+    """Log odds of answer against wrong, summed over pairs of one length: with each head patched,
+    (n_layers, n_heads), clean, and corrupted.
     """
     import torch
     from transformer_lens.patching import get_act_patch_attn_head_out_all_pos
 
-    bridge, device = model.bridge, model.device
+    bridge, device = bridged.bridge, bridged.model.device
     clean, corrupted, answer, wrong = (
         torch.tensor(column, device=device) for column in zip(*pairs, strict=True)
     )

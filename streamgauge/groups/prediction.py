@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.engine.blockwise import Blockwise
-from streamgauge.engine.forward import Found, PromptRun
+from streamgauge.engine.forward import Found, PromptRun, stacked
 from streamgauge.groups.reasons import SHORT
 
 if TYPE_CHECKING:
     import torch
 
 KEPT = 8  # tokens at the beginning of a prompt that are kept when the rest is exchanged
-NO_PATTERN = "TransformerLens shows no attention pattern for this architecture"
+NO_PATTERN = "no module there shows attention weights"
 
 
 class PredictionGroup:
@@ -24,54 +24,55 @@ class PredictionGroup:
 
     later_changes: (n_layers + 1,) largest relative change of the stream at the first tokens of one
     prompt when those behind them are exchanged. row_sum_error, future_weight: (n_layers,) largest
-    |Σ - 1| over rows of attention patterns, and largest weight on a later position.
+    |Σ - 1| over rows of attention patterns, and largest weight on a later position. Where attention
+    has a sink, which takes a share of each row and is not shown, rows sum to at most 1, and the
+    error is what they exceed it by.
     """
 
     def __init__(self, model: Blockwise, run: PromptRun) -> None:
         self.model, self.run = model, run
         self.changes: list[float] = []
-        self.patterns: dict[str, list[float]] = {"row_sum_error": [], "future_weight": []}
+        self.patterns: list[dict[str, float]] = []
         row = max(run.prompts.rows, key=len)
         self.kept = min(KEPT, len(row) - 1)
         self.batch = None
         if self.kept:
-            self.batch = model.enter(
-                [
-                    row,
-                    row[: self.kept]
-                    + [(token + 1) % model.vocabulary for token in row[self.kept :]],
-                ]
-            )
+            other = [(token + 1) % model.vocabulary for token in row[self.kept :]]
+            self.batch = model.enter([row, row[: self.kept] + other])
             self._compare(self.batch.stream)
 
     def visit(self, layer: int) -> None:
         """Take the two prompts that differ behind their first tokens through a block."""
-        if self.batch is not None:
-            pattern = f"blocks.{layer}.attn.hook_pattern"
-            hooks = (
-                [(pattern, self._read_pattern)] if pattern in self.model.bridge.hook_dict else []
-            )
-            self._compare(self.model.step(self.batch, layer, hooks))
+        if self.batch is None:
+            return
+        seen: dict[str, float] = {}
+        sink = any("sink" in name for name in self.model.names_in(layer))
+
+        def read(pattern: "torch.Tensor", hook: Any) -> None:
+            excess = pattern.double().sum(-1) - 1
+            seen["row_sum_error"] = float((excess if sink else excess.abs()).max())
+            seen["future_weight"] = float(pattern.triu(1).abs().max())
+
+        shown = self.model.seen.attention[layer] is not None
+        hooks = [(f"blocks.{layer}.attn.hook_pattern", read)] if shown else []
+        self._compare(self.model.step(self.batch, layer, hooks))
+        self.patterns.append(seen)
 
     def found(self) -> Found:
         """Arrays by token in the order of the prompts, and those of causality."""
         arrays = self._predictions()
+        names = ("row_sum_error", "future_weight")
         if self.batch is None:
-            return arrays, dict.fromkeys(["later_changes", *self.patterns], SHORT)
+            return arrays, dict.fromkeys(["later_changes", *names], SHORT)
         arrays["later_changes"] = np.array(self.changes)
-        if len(self.patterns["future_weight"]) < self.model.n_layers:
-            return arrays, dict.fromkeys(self.patterns, NO_PATTERN)
-        return arrays | {name: np.array(values) for name, values in self.patterns.items()}, {}
+        patterns, absent = stacked(self.patterns, NO_PATTERN)
+        return arrays | patterns, absent or dict.fromkeys(set(names) - set(patterns), NO_PATTERN)
 
     def _compare(self, x: "torch.Tensor") -> None:
         one, other = x[:, : self.kept].double()
         self.changes.append(
             float(((other - one).norm(dim=-1) / one.norm(dim=-1).clamp_min(1e-30)).max())
         )
-
-    def _read_pattern(self, pattern: "torch.Tensor", hook: Any) -> None:
-        self.patterns["row_sum_error"].append(float((pattern.double().sum(-1) - 1).abs().max()))
-        self.patterns["future_weight"].append(float(pattern.triu(1).abs().max()))
 
     def _predictions(self) -> dict[str, np.ndarray]:
         import torch

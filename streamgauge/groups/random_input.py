@@ -3,16 +3,17 @@
 what attention's W_OV and the MLP answer to inputs that know nothing of layer or text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.engine.blockwise import Blockwise
-from streamgauge.engine.forward import Found
-from streamgauge.engine.layout import Layout, run_mlp
-from streamgauge.groups.reasons import EXPERTS, NO_LN1, POST_NORM
+from streamgauge.engine.forward import Found, Lacking, stacked
+from streamgauge.engine.heads import Heads
+from streamgauge.engine.layout import Layout, behind_attention, run_mlp
+from streamgauge.groups.reasons import EXPERTS, NO_LN1, NO_MLP_NORM, POST_NORM
 from streamgauge.numerics.convention import random_inputs
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ EARLY_PROMPTS = 32  # how many prompts lend theirs; 192 values a coordinate
 PRECISION = 0.005  # standard error of each layer's mean norm, relative to it
 BATCH, MOST_BATCHES = 512, 64
 KEPT_BATCHES = 4  # of the Gaussian sequence, which every layer is given from its start
-NO_MLP_NORM = "no norm precedes the MLP"
 SHORT = f"no prompt has positions {EARLY.start} to {EARLY.stop - 1}"
 
 Sampler = Callable[[int], "torch.Tensor"]  # from a batch's number to its vectors, (BATCH, d_model)
@@ -41,11 +41,11 @@ class EarlyInputs:
         self.inputs: dict[int, list[torch.Tensor]] = {}
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """What bridge.hooks takes."""
-        if self.layout.mlp_norm is None:
-            return []
-        name = "hook_resid_pre" if self.layout.parallel else "hook_resid_mid"
-        return [(f"blocks.{n}.{name}", self._keeper(n)) for n in range(self.layout.n_layers)]
+        """What `hooked` takes."""
+        names = dict.fromkeys(self.layout.layers_reading("pre"), "hook_resid_pre")
+        names |= dict.fromkeys(self.layout.layers_reading("mid"), "hook_resid_mid")
+        read = self.layout.norms_before("mlp")
+        return [(f"blocks.{n}.{name}", self._keeper(n)) for n, name in names.items() if n in read]
 
     def _keeper(self, layer: int) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
@@ -60,55 +60,47 @@ class EarlyInputs:
 class RandomInputGroup:
     """What a block's two sublayers make of random inputs.
 
-    early: whose inputs are resampled. no_heads: why W_V and W_O cannot be had, if so. Every layer
-    is given vectors of one Gaussian sequence from its start, so layers differ by their weights.
-    Batches are drawn until the standard error of the mean norm is below PRECISION of it, at most
-    MOST_BATCHES.
+    early: whose inputs are resampled. heads: by layer, W_V and W_O or why they cannot be had. Every
+    layer is given vectors of one Gaussian sequence from its start, so layers differ by their
+    weights. Batches are drawn until the standard error of the mean norm is below PRECISION of it,
+    at most MOST_BATCHES.
     """
 
-    def __init__(
-        self, model: Blockwise, layout: Layout, early: EarlyInputs, no_heads: str | None
-    ) -> None:
-        self.model, self.layout, self.early, self.no_heads = model, layout, early, no_heads
-        self.readings: dict[str, list[np.ndarray]] = {}
+    def __init__(self, model: Blockwise, layout: Layout, early: EarlyInputs, heads: Heads) -> None:
+        self.model, self.layout, self.early, self.heads = model, layout, early, heads
+        self.layers: list[dict[str, np.ndarray]] = []
 
     def visit(self, layer: int) -> None:
         """Draw a layer's random inputs; it must have seen the prompts before, for those that are
         resampled.
         """
-        block, layout = self.model.blocks[layer], self.layout
-        found = (
-            []
-            if self.no_heads or not layout.has_ln1
-            else list(_measure_attention(self.model, block, layout, layer))
-        )
-        if layout.mlp_norm is not None:
-            found += _measure_mlp(
-                self.model, block, layout, layer, self.early.inputs.pop(layer, [])
-            )
-        for name, values in found:
-            self.readings.setdefault(name, []).append(values)
+        found: dict[str, np.ndarray] = {}
+        heads = self.heads.of(layer)
+        plain = layer in self.layout.with_plain_attention
+        if heads and plain and layer in self.layout.norms_before("attn"):
+            found |= _measure_attention(self.model, self.layout, layer, heads)
+        if layer in self.layout.norms_before("mlp"):
+            early = self.early.inputs.pop(layer, [])
+            found |= _measure_mlp(self.model, self.layout, layer, early)
+        self.layers.append(found)
 
     def found(self) -> Found:
         """Arrays of the group, and the reasons for those that this architecture does not have."""
-        arrays = {name: np.array(values) for name, values in self.readings.items()}
-        return arrays, _absent(self.layout, arrays, self.no_heads)
+        arrays, absent = stacked(self.layers, "no such sublayer behind a norm")
+        return arrays, absent | {n: w for n, w in self._absent().items() if n not in arrays}
 
-
-def _absent(layout: Layout, arrays: dict[str, np.ndarray], no_heads: str | None) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    if "attn_norm" not in arrays:
-        reasons |= dict.fromkeys(
-            _names("attn"), no_heads or (NO_LN1 if layout.pre_norm else POST_NORM)
+    def _absent(self) -> dict[str, str | Lacking]:
+        layout = self.layout
+        no_norm = None if layout.pre_norm else POST_NORM
+        short = SHORT if layout.norms_before("mlp") else NO_MLP_NORM
+        reasons: dict[str, str | Lacking] = dict.fromkeys(
+            _names("attn"), no_norm or self.heads.why or NO_LN1
         )
-    if "mlp_norm" not in arrays:
-        reasons |= dict.fromkeys(_names("mlp"), NO_MLP_NORM if layout.pre_norm else POST_NORM)
-    if "resampled_norm" not in arrays:
-        no_norm = NO_MLP_NORM if layout.pre_norm else POST_NORM
-        reasons |= dict.fromkeys(_names("resampled"), SHORT if layout.mlp_norm else no_norm)
-    if not layout.has_neurons:
-        reasons |= dict.fromkeys(["mlp_activation_rate", "resampled_activation_rate"], EXPERTS)
-    return reasons
+        reasons |= dict.fromkeys(_names("mlp"), no_norm or NO_MLP_NORM)
+        reasons |= dict.fromkeys(_names("resampled"), no_norm or short)
+        if not layout.with_neurons:
+            reasons |= dict.fromkeys(["mlp_activation_rate", "resampled_activation_rate"], EXPERTS)
+        return reasons
 
 
 def _names(kind: str) -> list[str]:
@@ -117,32 +109,35 @@ def _names(kind: str) -> list[str]:
 
 
 def _measure_attention(
-    model: Blockwise, block: Any, layout: Layout, layer: int
-) -> Iterator[tuple[str, np.ndarray]]:
+    model: Blockwise, layout: Layout, layer: int, heads: "dict[str, torch.Tensor]"
+) -> dict[str, np.ndarray]:
     sample = _gaussian(layout, layer, model.device, for_mlp=False)
-    yield from _respond("attn", sample, lambda x: _attention(block, layout, x), None)
+
+    def answer(x: "torch.Tensor") -> "torch.Tensor":
+        return layout.centre(_attention(model, layout, layer, heads, x))
+
+    return _respond("attn", sample, answer, None)
 
 
 def _measure_mlp(
-    model: Blockwise, block: Any, layout: Layout, layer: int, early: "list[torch.Tensor]"
-) -> Iterator[tuple[str, np.ndarray]]:
+    model: Blockwise, layout: Layout, layer: int, early: "list[torch.Tensor]"
+) -> dict[str, np.ndarray]:
     rates: list[float] = []
-    hooks = [
-        (
-            f"blocks.{layer}.mlp.hook_pre",
-            lambda x, hook: rates.append(float((x > 0).sum()) / x.numel()),
-        )
-    ]
+    has_neurons = layer in layout.with_neurons
+
+    def note(x: "torch.Tensor", hook: Any) -> None:
+        rates.append(float((x > 0).sum()) / x.numel())
 
     def answer(x: "torch.Tensor") -> "torch.Tensor":
-        return layout.centre(run_mlp(block, layout, x))
+        return layout.centre(run_mlp(model, layer, x))
 
-    with model.hooked(hooks if layout.has_neurons else ()):
-        yield from _respond(
-            "mlp", _gaussian(layout, layer, model.device, for_mlp=True), answer, rates
-        )
+    with model.hooked([(f"blocks.{layer}.mlp.hook_pre", note)] if has_neurons else ()):
+        gaussian = _gaussian(layout, layer, model.device, for_mlp=True)
+        found = _respond("mlp", gaussian, answer, rates if has_neurons else None)
         if early:
-            yield from _respond("resampled", _resampled(block, layout, early), answer, rates)
+            resampled = _resampled(model, layout, layer, early)
+            found |= _respond("resampled", resampled, answer, rates if has_neurons else None)
+    return found
 
 
 def _respond(
@@ -150,7 +145,7 @@ def _respond(
     sample: Sampler,
     answer: "Callable[[torch.Tensor], torch.Tensor]",
     rates: list[float] | None,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> dict[str, np.ndarray]:
     """Mean norm of the answers, its standard error and the number of samples; the activation rate
     where one was read.
     """
@@ -166,11 +161,12 @@ def _respond(
         error = every.std(ddof=1) / np.sqrt(every.size)
         if not error > PRECISION * every.mean():
             break
-    yield f"{kind}_norm", every.mean()
-    yield f"{kind}_error", error
-    yield f"{kind}_samples", np.array(every.size)
-    if rates:
-        yield f"{kind}_activation_rate", np.array(np.mean(rates))
+    found = {
+        f"{kind}_norm": every.mean(),
+        f"{kind}_error": error,
+        f"{kind}_samples": np.array(every.size),
+    }
+    return found | ({f"{kind}_activation_rate": np.array(np.mean(rates))} if rates else {})
 
 
 def _gaussian(layout: Layout, layer: int, device: Any, *, for_mlp: bool) -> Sampler:
@@ -198,31 +194,36 @@ def _inputs(d_model: int, centres: bool, batch: int) -> "torch.Tensor":
     return torch.from_numpy(random_inputs(BATCH, d_model, centres, seed=batch).astype(np.float32))
 
 
-def _resampled(block: Any, layout: Layout, early: "list[torch.Tensor]") -> Sampler:
+def _resampled(
+    model: Blockwise, layout: Layout, layer: int, early: "list[torch.Tensor]"
+) -> Sampler:
     """Vectors whose every coordinate is drawn by itself from the values it takes in the model's own
     run, then normalised.
     """
     import torch
 
-    assert layout.mlp_norm is not None
-    norm = getattr(block, layout.mlp_norm).original_component
-    pool = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in early])
+    norm = model.module(layer, layout.norms_before("mlp")[layer])
+    pool = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in early])  # (tokens, d_model)
 
     def sample(batch: int) -> "torch.Tensor":
-        chosen = torch.from_numpy(
-            np.random.default_rng(batch).integers(len(pool), size=(BATCH, pool.shape[1]))
-        )
+        numbers = np.random.default_rng(batch).integers(len(pool), size=(BATCH, pool.shape[1]))
+        chosen = torch.from_numpy(numbers)
         normalised: torch.Tensor = norm(torch.gather(pool, 0, chosen.to(pool.device)))
         return normalised
 
     return sample
 
 
-def _attention(block: Any, layout: Layout, x: "torch.Tensor") -> "torch.Tensor":
+def _attention(
+    model: Blockwise,
+    layout: Layout,
+    layer: int,
+    heads: "dict[str, torch.Tensor]",
+    x: "torch.Tensor",
+) -> "torch.Tensor":
     """Sum over heads of x W_V W_O, without biases, through the norm behind it if there is one."""
-    W_V, W_O = block.attn.W_V, block.attn.W_O
-    values = (x @ W_V.transpose(0, 1).reshape(x.shape[-1], -1)).unflatten(-1, W_V.shape[::2])
-    values = values.repeat_interleave(len(W_O) // len(W_V), dim=-2)
+    W_V, W_O = heads["W_V"], heads["W_O"]
+    values = x @ W_V.transpose(0, 1).reshape(x.shape[-1], -1)  # (…, n_kv · d_head)
+    values = values.unflatten(-1, W_V.shape[::2]).repeat_interleave(len(W_O) // len(W_V), dim=-2)
     output = values.flatten(-2) @ W_O.reshape(-1, W_O.shape[-1])
-    output = block.ln1_post(output) if "ln1_post" in block.submodules else output
-    return layout.centre(layout.multiplier * output)
+    return layout.factor(layer, "attn") * behind_attention(model, layer, output)

@@ -1,7 +1,36 @@
 """Why a model has no such quantity: the sentences that more than one group gives."""
 
-POST_NORM = "post-norm blocks normalise the stream itself, so sublayers do not simply add to it"
+from streamgauge.engine.forward import Lacking, in_words
+from streamgauge.engine.layout import Layout
+
+POST_NORM = "blocks do more to the stream than add to it, as post-norm blocks do"
+SCALED = "blocks multiply the stream, so what sublayers add does not stay in it as it was"
 NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
-NO_LN1 = "no norm precedes the attention"
+NO_MLP_INPUT = "no MLP there reads resid_pre or resid_mid"
+NO_LN1 = "no norm of the stream precedes the attention"
+NO_MLP_NORM = "no norm precedes the MLP"
 EXPERTS = "the MLP is not one dense layer into another (a mixture of experts)"
+NO_LN_FINAL = "no norm reads the last stream before the unembedding does"
 SHORT = "no prompt has two tokens, so there is nothing to predict"
+NOTHING = {
+    "attn": "nothing there carries information between tokens",
+    "mlp": "no MLP there",
+    "other": "mixers and MLPs are all that is added there",
+}
+
+
+def lacking(
+    layout: Layout, having: "list[int] | dict[int, str]", why: str, axis: int = 0
+) -> str | Lacking | None:
+    """What is said where not all layers have something; None where they do."""
+    missing = tuple(n for n in range(layout.n_layers) if n not in having)
+    if not missing:
+        return None
+    if len(missing) == layout.n_layers:
+        return why
+    return Lacking(f"{in_words(missing)}: {why}", missing, axis)
+
+
+def only_said(reasons: "dict[str, str | Lacking | None]") -> "dict[str, str | Lacking]":
+    """Those that there are."""
+    return {name: why for name, why in reasons.items() if why is not None}

@@ -6,20 +6,22 @@ is measured, by running the model with relative noise of a known size on every w
 """
 
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.clean_runs import token_losses
-from streamgauge.engine.forward import Absent, Found, Group
+from streamgauge.engine.forward import Absent, Found, Group, Lacking
 from streamgauge.engine.layout import Layout
-from streamgauge.groups.reasons import SHORT
+from streamgauge.groups.reasons import NOTHING, POST_NORM, SHORT, lacking, only_said
 from streamgauge.numerics.rows import Prompts
 
 if TYPE_CHECKING:
     import torch
 
+KINDS = ("attn", "mlp")  # of outputs that are compared
 NOISE = 2.0**-12  # largest relative error of a weight
 DRAWS = 6
 TOKENS = 128
@@ -57,56 +59,68 @@ class _Rounding:
 
     def __init__(self, model: Blockwise, layout: Layout, rows: list[list[int]]) -> None:
         self.model, self.layout = model, layout
+        self.kinds = KINDS if layout.pre_norm else ()
         self.noises = [None, *(_Noise(draw) for draw in range(DRAWS))]
-        self.names = ["attn_out", "mlp_out"] if layout.pre_norm else []
-        self.norms: list[dict[str, list[torch.Tensor]]] = [
-            {name: [] for name in ["resid", *self.names]} for _ in self.noises
-        ]
+        # By noise: log norms of the stream from the embedding on, and of outputs by layer.
+        self.streams: list[list[torch.Tensor]] = [[] for _ in self.noises]
+        self.outputs: list[dict[tuple[str, int], torch.Tensor]] = [{} for _ in self.noises]
         self.batches = []
         with model.mapped.changes() as use:
-            for norms, noise in zip(self.norms, self.noises, strict=True):
+            for streams, noise in zip(self.streams, self.noises, strict=True):
                 use(noise)
                 self.batches.append(model.enter(rows))
-                norms["resid"].append(self._log_norms(self.batches[-1].stream))
+                streams.append(self._log_norms(self.batches[-1].stream))
 
     def visit(self, layer: int) -> None:
         """Take all batches through a block, each with its own weights."""
-        with self.model.mapped.changes(self.model.blocks[layer].original_component) as use:
-            for batch, norms, noise in zip(self.batches, self.norms, self.noises, strict=True):
+        kinds = [kind for kind in self.kinds if layer in self.layout.layers_with(kind)]
+        runs = zip(self.batches, self.streams, self.outputs, self.noises, strict=True)
+        with self.model.mapped.changes(self.model.paths[layer]) as use:
+            for batch, streams, outputs, noise in runs:
                 hooks = [
-                    (f"blocks.{layer}.hook_{name}", self._reader(norms[name]))
-                    for name in self.names
+                    (f"blocks.{layer}.hook_{kind}_out", self._reader(outputs, (kind, layer)))
+                    for kind in kinds
                 ]
                 use(noise)
-                norms["resid"].append(self._log_norms(self.model.step(batch, layer, hooks)))
+                streams.append(self._log_norms(self.model.step(batch, layer, hooks)))
 
     def found(self) -> Found:
         """Arrays of the group."""
         import torch
 
-        found = [
-            {name: torch.stack(values) for name, values in norms.items()} for norms in self.norms
-        ]
-        with self.model.mapped.changes() as use, torch.no_grad():
-            for noise, batch, values in zip(self.noises, self.batches, found, strict=True):
-                use(noise)
-                values["loss"] = torch.as_tensor(
-                    token_losses(self.model, batch.ids, batch.stream)
-                ).flatten()[None]
-        clean, *noisy = found
-        moved = {
-            name: np.array(
-                [
-                    ((one[name] - clean[name]) / NOISE).square().mean(-1).sqrt().cpu().numpy()
-                    for one in noisy
-                ]
-            )
-            for name in clean
-        }
-        return moved, {}
+        arrays = {"resid": self._moved([torch.stack(streams) for streams in self.streams])}
+        absent: dict[str, str | Lacking | None] = {}
+        for kind in self.kinds:
+            layers = self.layout.layers_with(kind)
+            absent[f"{kind}_out"] = lacking(self.layout, layers, NOTHING[kind], axis=1)
+            if layers:
+                logs = [torch.stack([own[kind, n] for n in layers]) for own in self.outputs]
+                moved = np.full((DRAWS, self.layout.n_layers), np.nan)
+                moved[:, layers] = self._moved(logs)
+                arrays[f"{kind}_out"] = moved
+        arrays["loss"] = self._moved(list(self._losses()))
+        if not self.layout.pre_norm:
+            absent = dict.fromkeys([f"{kind}_out" for kind in KINDS], POST_NORM)
+        return arrays, only_said(absent)
 
-    def _reader(self, values: "list[torch.Tensor]") -> Any:
-        return lambda x, hook: values.append(self._log_norms(x))
+    def _losses(self) -> "Iterator[torch.Tensor]":
+        """The loss of each token under each noise, (1, tokens)."""
+        import torch
+
+        with self.model.mapped.changes() as use, torch.no_grad():
+            for noise, batch in zip(self.noises, self.batches, strict=True):
+                use(noise)
+                losses = token_losses(self.model, batch.ids, batch.stream)
+                yield torch.as_tensor(losses).flatten()[None]
+
+    def _moved(self, values: "list[torch.Tensor]") -> np.ndarray:
+        """Root mean square over tokens of each noise's change, over NOISE: (DRAWS, …)."""
+        clean, *noisy = values
+        changes = [((one - clean) / NOISE).square().mean(-1).sqrt() for one in noisy]
+        return np.array([change.cpu().numpy() for change in changes])
+
+    def _reader(self, outputs: "dict[tuple[str, int], torch.Tensor]", key: tuple[str, int]) -> Any:
+        return lambda x, hook: outputs.__setitem__(key, self._log_norms(x))
 
     def _log_norms(self, x: "torch.Tensor") -> "torch.Tensor":
         import torch

@@ -1,20 +1,17 @@
-"""The `sketch` group:
-
-sixteen numbers a head's matrix, by which checkpoints are compared (see `numerics.sketches`).
+"""The `sketch` group: sixteen numbers a head's matrix, by which checkpoints are compared (see
+`numerics.sketches`).
 """
 
-from streamgauge.engine.blockwise import Blockwise
-from streamgauge.engine.forward import Absent, Group, Reading
+from streamgauge.engine.forward import Group, Reading
+from streamgauge.engine.heads import Heads
 from streamgauge.engine.pieces import sketch
-from streamgauge.numerics.sketches import HEADS
 
 
-def heads_group(model: Blockwise, no_heads: str | None) -> Group:
+def heads_group(heads: Heads) -> Group:
     """Sketches of each head's matrices, (n_layers, n_heads, SKETCHES)."""
-    if no_heads:
-        return Absent(dict.fromkeys(HEADS, no_heads))
-    return Reading(
-        lambda layer: {
-            name: sketch(getattr(model.blocks[layer].attn, name)).cpu().numpy() for name in HEADS
-        }
-    )
+
+    def read(layer: int) -> dict[str, object]:
+        matrices = heads.of(layer) or {}
+        return {name: sketch(matrix).cpu().numpy() for name, matrix in matrices.items()}
+
+    return Reading(read, heads.why)

@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.engine.forward import Found, Readings, by_token, note
+from streamgauge.engine.forward import Found, Lacking, Readings, by_token, note
 from streamgauge.engine.layout import Layout
-from streamgauge.groups.reasons import NO_LN1, NO_MID, POST_NORM
+from streamgauge.engine.points import KINDS
+from streamgauge.groups.reasons import (
+    NO_LN1,
+    NO_MID,
+    NO_MLP_INPUT,
+    NOTHING,
+    POST_NORM,
+    lacking,
+    only_said,
+)
 from streamgauge.numerics.rows import Prompts
 
 if TYPE_CHECKING:
     import torch
 
 ROWS = 128  # tokens at a time: a few hundred thousand numbers, which stay in a core's cache
+OUTPUTS = [f"{kind}_out" for kind in KINDS]
+SUMS = [*OUTPUTS, "additivity_error", "pre_dot_attn", "mid_dot_mlp", "resid_mid"]
+NORM = ["ln1_scale", "ln1_residual"]
 TINY = 1e-30  # 0 / 0 is 0: a zero vector is the sum of zero vectors
 
 
@@ -47,43 +59,39 @@ class StreamMeter:
             self.prompts
         ), self._absent()
 
-    def _absent(self) -> dict[str, str]:
-        reasons = {"resid_mid": NO_MID} if self.layout.parallel else {}
-        if not self.layout.pre_norm:
-            reasons |= dict.fromkeys(
-                [
-                    "additivity_error",
-                    "attn_out",
-                    "mlp_out",
-                    "pre_dot_attn",
-                    "mid_dot_mlp",
-                    "resid_mid",
-                ],
-                POST_NORM,
-            )
-        if not self.layout.has_ln1:
-            reasons |= dict.fromkeys(
-                ["ln1_scale", "ln1_residual"], NO_LN1 if self.layout.pre_norm else POST_NORM
-            )
-        return reasons
+    def _absent(self) -> dict[str, str | Lacking]:
+        layout = self.layout
+        if not layout.pre_norm:
+            return dict.fromkeys(SUMS + NORM, POST_NORM)
+        no_norm = lacking(layout, layout.with_ln1, NO_LN1)
+        mid = lacking(layout, layout.layers_reading("mid"), NO_MID)
+        mlp = lacking(layout, layout.layers_with("mlp"), NOTHING["mlp"])
+        attn = lacking(layout, layout.layers_with("attn"), NOTHING["attn"])
+        return only_said(
+            dict.fromkeys(NORM, no_norm)
+            | {"resid_mid": mid, "attn_out": attn, "pre_dot_attn": attn, "mlp_out": mlp}
+            | {"mid_dot_mlp": lacking(layout, self._before_mlp(), NO_MLP_INPUT)}
+            | {"other_out": lacking(layout, layout.layers_with("other"), NOTHING["other"])}
+        )
+
+    def _before_mlp(self) -> list[int]:
+        return self.layout.layers_reading("mid") + self.layout.layers_reading("pre")
 
     def hooks(self) -> list[tuple[str, Any]]:
-        """What bridge.hooks takes; the hook on resid_post comes last in each block and empties
-        it.
-        """
-        names = ["hook_resid_pre", "hook_resid_post"]
-        if self.layout.pre_norm:
-            names += ["hook_attn_out", "hook_mlp_out"] + (
-                [] if self.layout.parallel else ["hook_resid_mid"]
-            )
-        if self.layout.has_ln1:
-            names += ["ln1.hook_out"]
+        """What `hooked` takes; the hook on resid_post comes last in each block and empties it."""
         block: dict[str, torch.Tensor] = {}
         return [
             (f"blocks.{n}.{name}", self._hook(block, n, name))
             for n in range(self.layout.n_layers)
-            for name in names
+            for name in self._names(n)
         ]
+
+    def _names(self, layer: int) -> list[str]:
+        layout = self.layout
+        names = ["hook_resid_pre", "hook_resid_post"]
+        names += [f"hook_{kind}_out" for kind in KINDS if layer in layout.layers_with(kind)]
+        names += ["hook_resid_mid"] if layer in layout.layers_reading("mid") else []
+        return names + (["ln1.hook_out"] if layer in layout.with_ln1 else [])
 
     def _hook(self, block: "dict[str, torch.Tensor]", layer: int, name: str) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
@@ -100,25 +108,30 @@ class StreamMeter:
             self._read_rows(layer, {name: x[start : start + ROWS] for name, x in flat.items()})
 
     def _read_rows(self, layer: int, raw: "dict[str, torch.Tensor]") -> None:
+        """Norms and inner products of some tokens' vectors, each (tokens, d_model)."""
         import torch
 
         norm = torch.linalg.vector_norm
         block = {name: self.layout.centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
         for name, x in block.items():
             self._note(layer, name, norm(x, dim=-1))
-        if self.layout.has_ln1:
+        if "ln1.hook_out" in raw:
             self._read_norm(layer, block["resid_pre"], raw["ln1.hook_out"])
         if not self.layout.pre_norm:
             return
-        before_mlp = block["resid_pre" if self.layout.parallel else "resid_mid"]
-        self._note(layer, "pre_dot_attn", (block["resid_pre"] * block["attn_out"]).sum(-1))
-        self._note(layer, "mid_dot_mlp", (before_mlp * block["mlp_out"]).sum(-1))
-        parts = [raw["resid_pre"], raw["attn_out"], raw["mlp_out"]]
-        error = norm(raw["resid_post"] - parts[0] - parts[1] - parts[2], dim=-1)
+        if "attn_out" in block:
+            products = (block["resid_pre"] * block["attn_out"]).sum(-1)
+            self._note(layer, "pre_dot_attn", products)
+        if "mlp_out" in block and layer in self._before_mlp():
+            before = block.get("resid_mid", block["resid_pre"])
+            self._note(layer, "mid_dot_mlp", (before * block["mlp_out"]).sum(-1))
+        parts = [raw[name] for name in ("resid_pre", *OUTPUTS) if name in raw]
+        error = raw["resid_post"] - parts[0]
+        for part in parts[1:]:
+            error = error - part
         # Rounding is relative to the raw vectors, whose mean the convention takes away.
-        self._note(
-            layer, "additivity_error", error / sum(norm(x, dim=-1) for x in parts).clamp_min(TINY)
-        )
+        sizes = sum(norm(x, dim=-1) for x in parts)
+        self._note(layer, "additivity_error", norm(error, dim=-1) / sizes.clamp_min(TINY))
 
     def _read_norm(self, layer: int, resid: "torch.Tensor", output: "torch.Tensor") -> None:
         """The factor between gain * resid and the norm's output, by least squares, and what it

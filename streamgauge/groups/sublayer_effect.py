@@ -9,16 +9,18 @@ import numpy as np
 
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.clean_runs import CleanRuns
-from streamgauge.engine.forward import Found
+from streamgauge.engine.forward import Found, Lacking
 from streamgauge.engine.layout import Layout, probe_norm
 from streamgauge.engine.mapped import VOCABULARY_ROWS
 from streamgauge.engine.memory import give_back
+from streamgauge.groups.reasons import NOTHING, lacking, only_said
 
 if TYPE_CHECKING:
     import torch
 
 KINDS = ("attn", "mlp")
 LOGITS = 2**23  # held at once, several times over
+TINY = 1e-300  # a zero residual has no parts: 0 / 0 is 0
 SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
 PROBED = 1.01  # leaves room for the rounding of a factor so found
 STRIDE = (
@@ -45,9 +47,12 @@ class SublayerEffects:
         self.kept: list[dict[str, list[torch.Tensor]]] = [
             {kind: [] for kind in KINDS} for _ in clean.ids
         ]
-        layers = range(clean.model.n_layers)
         clean.run.read_along(
-            [(f"blocks.{n}.hook_{kind}_out", self._keeper(kind)) for n in layers for kind in KINDS]
+            [
+                (f"blocks.{n}.hook_{kind}_out", self._keeper(kind))
+                for kind in KINDS
+                for n in layout.layers_with(kind)
+            ]
         )
 
     def visit(self, layer: int) -> None:
@@ -58,18 +63,25 @@ class SublayerEffects:
         import torch
 
         parts: dict[str, list[np.ndarray]] = {}
+        numbers = [number for number, ids in enumerate(self.clean.ids) if len(ids)]
         with torch.no_grad():
-            for run in map(
-                self._run, [number for number, ids in enumerate(self.clean.ids) if len(ids)]
-            ):
+            for run in map(self._run, numbers):
                 if not parts:
                     largest = np.array([run.largest_row()])
                 for name, values in run.effects().items():
                     parts.setdefault(name, []).append(values)
                 give_back()
-        return {name: np.concatenate(values, axis=-1) for name, values in parts.items()} | {
-            "largest_row": largest
-        }, {}
+        arrays = {"largest_row": largest}
+        absent: dict[str, str | Lacking | None] = {}
+        for name, parts_of in parts.items():
+            kind = name.partition("_")[0]
+            layers = self.layout.layers_with(kind)
+            whole = np.concatenate(parts_of, axis=-1)
+            absent[name] = lacking(self.layout, layers, NOTHING[kind])
+            if layers:
+                arrays[name] = np.full((self.layout.n_layers, whole.shape[-1]), np.nan)
+                arrays[name][layers] = whole[layers]
+        return arrays, only_said(absent)
 
     def _keeper(self, kind: str) -> Any:
         def keep(x: "torch.Tensor", hook: Any) -> None:
@@ -88,8 +100,15 @@ class SublayerEffects:
         import torch
 
         ids, chosen = self.clean.ids[number], self.chosen[number]
-        outputs = torch.stack([torch.stack(self.kept[number].pop(kind)) for kind in KINDS])
-        return _Run(self.model, self.layout, ids, chosen, self.clean.streams[number][-1], outputs)
+        final = self.clean.streams[number][-1]
+        nothing = torch.zeros_like(final[:, chosen])  # what a block without this sublayer adds
+        outputs = []
+        for kind in KINDS:
+            kept = iter(self.kept[number].pop(kind))
+            own = self.layout.layers_with(kind)
+            layers = range(self.layout.n_layers)
+            outputs.append(torch.stack([next(kept) if n in own else nothing for n in layers]))
+        return _Run(self.model, self.layout, ids, chosen, final, torch.stack(outputs))
 
 
 class _Run:
@@ -110,7 +129,7 @@ class _Run:
     ) -> None:
         self.model, self.layout, self.ids, self.chosen = model, layout, ids, chosen
         self.stream, self.final, self.outputs = stream, stream[:, chosen], outputs
-        self.norm = model.bridge.ln_final.original_component
+        self.norm = model.ln_final
         self.unembedding = model.unembedding
 
     def effects(self) -> dict[str, np.ndarray]:
@@ -125,7 +144,7 @@ class _Run:
         )
         scale = (final.square().mean(-1, keepdim=True) + self.layout.epsilon).sqrt()
         found: dict[str, torch.Tensor] = {
-            "share": (centred * final).sum(-1) / final.square().sum(-1),
+            "share": (centred * final).sum(-1) / final.square().sum(-1).clamp_min(TINY),
             "size": torch.linalg.vector_norm(centred, dim=-1) / scale[..., 0],
         }
         full = norm(self.final[None])
@@ -190,8 +209,9 @@ class _Run:
 
     def _predict(self, normalised: "torch.Tensor") -> "torch.Tensor":
         """Log odds of tokens: the model's own head, given these vectors in place of its own."""
-        hooks = [("unembed.hook_in", lambda x, hook: normalised.flatten(0, 1))]
-        logits = self.model.logits(self.ids, self.stream, hooks)
+        flat = normalised.flatten(0, 1)  # (…, positions, d_model)
+        hooks = [("unembed.hook_in", lambda x, hook: flat)]
+        logits = self.model.logits(self.ids.new_zeros(flat.shape[:2]), flat, hooks)
         log_odds: torch.Tensor = logits.log_softmax(-1).unflatten(0, normalised.shape[:2])
         return log_odds
 

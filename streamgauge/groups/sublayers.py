@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.engine.blockwise import Blockwise, Hooks
-from streamgauge.engine.forward import Found, Readings, by_token, note
+from streamgauge.engine.blockwise import Blockwise
+from streamgauge.engine.forward import Found, Lacking, Readings, by_token, note
 from streamgauge.engine.layout import Layout
-from streamgauge.groups.reasons import NO_LN1, POST_NORM
+from streamgauge.engine.points import KINDS, Hooks
+from streamgauge.groups.reasons import NO_LN1, NOTHING, POST_NORM, lacking, only_said
 from streamgauge.numerics.rows import Prompts
 
 if TYPE_CHECKING:
     import torch
 
 SEQUENTIAL = "mid_dot_mlp holds it: the MLP of a sequential block reads what attention has written"
+SCALE_BLIND = ("attn_scale_error", "mlp_scale_error", "largest_shift")
 DRAWS, TOKENS = 4, 16
 # Norms' inputs are brought to this root mean square, which takes their epsilon out of play.
 LARGE = 2.0**20
@@ -41,15 +43,17 @@ class OutputsMeter:
         self.readings: Readings = {}
 
     def hooks(self) -> Hooks:
-        """What bridge.hooks takes."""
+        """What `hooked` takes."""
         if not self.layout.pre_norm:
             return []
-        layers, names = range(self.layout.n_layers), ("resid_pre", "attn_out", "mlp_out")
         block: dict[str, torch.Tensor] = {}
-        hooks = [
-            (f"blocks.{n}.hook_{name}", self._keep(block, name)) for n in layers for name in names
-        ]
-        return hooks + [(f"blocks.{n}.hook_resid_post", self._read(block, n)) for n in layers]
+        hooks: list[tuple[str, Any]] = []
+        for n in range(self.layout.n_layers):
+            names = [f"{kind}_out" for kind in KINDS if n in self.layout.layers_with(kind)]
+            names = ["resid_pre", *names]
+            hooks += [(f"blocks.{n}.hook_{name}", self._keep(block, name)) for name in names]
+            hooks.append((f"blocks.{n}.hook_resid_post", self._read(block, n)))
+        return hooks
 
     def visit(self, layer: int) -> None:
         """Nothing: hooks read."""
@@ -58,15 +62,20 @@ class OutputsMeter:
         """Arrays of the group but for those of ScaleBlindness, and why others are absent."""
         return by_token(self.readings, self.layout.n_layers, self.prompts), self._absent()
 
-    def _absent(self) -> dict[str, str]:
-        reasons: dict[str, str] = {}
-        if not self.layout.parallel or not self.layout.pre_norm:
-            reasons["attn_dot_mlp"] = SEQUENTIAL if self.layout.pre_norm else POST_NORM
-        if not self.layout.pre_norm:
-            reasons |= dict.fromkeys(["raw_norm", "pre_dot_mlp_0"], POST_NORM)
-        if not is_scale_blind(self.layout):
-            why = POST_NORM if not self.layout.pre_norm else NO_LN1
-            reasons |= dict.fromkeys(["attn_scale_error", "mlp_scale_error", "largest_shift"], why)
+    def _absent(self) -> dict[str, str | Lacking]:
+        layout = self.layout
+        names = ["attn_dot_mlp", "raw_norm", "pre_dot_mlp_0"]
+        if not layout.pre_norm:
+            return dict.fromkeys([*names, *SCALE_BLIND], POST_NORM)
+        beside = lacking(layout, layout.parallel_layers, SEQUENTIAL)
+        first_mlp = None if 0 in layout.layers_with("mlp") else f"layer 0: {NOTHING['mlp']}"
+        reasons = only_said({"attn_dot_mlp": beside, "pre_dot_mlp_0": first_mlp})
+        if not is_scale_blind(layout):
+            reasons |= dict.fromkeys(SCALE_BLIND, NO_LN1)
+            return reasons
+        for kind in ("attn", "mlp"):
+            none = lacking(layout, layout.norms_before(kind), "no such sublayer behind a norm")
+            reasons |= only_said({f"{kind}_scale_error": none})
         return reasons
 
     def _keep(self, block: "dict[str, torch.Tensor]", name: str) -> Any:
@@ -80,27 +89,26 @@ class OutputsMeter:
 
         def read(x: "torch.Tensor", hook: Any) -> None:
             number = len(self.readings.get(("raw_norm", layer), []))  # of the batch
-            note(
-                self.readings,
-                "raw_norm",
-                layer,
-                sum(torch.linalg.vector_norm(part, dim=-1) for part in block.values()),
-            )
-            if layer == 0:
-                self.first_mlp.append(self.layout.centre(block["mlp_out"]).clone())
-            product = self.layout.centre(block["resid_pre"]) * self.first_mlp[number]
-            note(self.readings, "pre_dot_mlp_0", layer, product.sum(-1))
-            if self.layout.parallel:
-                attn, mlp = (self.layout.centre(block[name]) for name in ("attn_out", "mlp_out"))
-                note(self.readings, "attn_dot_mlp", layer, (attn * mlp).sum(-1))
+            parts = [part.reshape(x.shape) for part in block.values()]
+            sizes = sum(torch.linalg.vector_norm(part, dim=-1) for part in parts)
+            note(self.readings, "raw_norm", layer, sizes)
+            centred = {n: self.layout.centre(part.reshape(x.shape)) for n, part in block.items()}
+            if layer == 0 and "mlp_out" in centred:
+                self.first_mlp.append(centred["mlp_out"].clone())
+            if self.first_mlp:
+                product = centred["resid_pre"] * self.first_mlp[number]
+                note(self.readings, "pre_dot_mlp_0", layer, product.sum(-1))
+            if layer in self.layout.parallel_layers:
+                product = centred["attn_out"] * centred["mlp_out"]
+                note(self.readings, "attn_dot_mlp", layer, product.sum(-1))
             block.clear()
 
         return read
 
 
 def is_scale_blind(layout: Layout) -> bool:
-    """Whether both sublayers read the stream through a norm."""
-    return layout.has_ln1 and layout.mlp_norm is not None
+    """Whether any sublayer reads the stream through a norm."""
+    return bool(layout.norms_before("attn") or layout.norms_before("mlp"))
 
 
 class ScaleBlindness:
@@ -118,28 +126,35 @@ class ScaleBlindness:
 
         self.model, self.layout = model, layout
         self.generator = torch.Generator().manual_seed(0)
-        self.errors: dict[str, list[np.ndarray]] = {"attn": [], "mlp": []}
+        self.errors: dict[str, dict[int, np.ndarray]] = {"attn": {}, "mlp": {}}
         self.batch = model.enter([max(prompts.rows, key=len)[:TOKENS]] * (2 + DRAWS))
 
     def visit(self, layer: int) -> None:
         """Take the batch through a block."""
-        norms = ["ln1"] if self.layout.mlp_norm == "ln1" else ["ln1", self.layout.mlp_norm]
+        before = {kind: self.layout.norms_before(kind).get(layer) for kind in self.errors}
+        points = {path: name for name, path in (("ln2", before["mlp"]), ("ln1", before["attn"]))}
         hooks = [
-            (f"blocks.{layer}.{norm}.hook_in", _rescaler(self.layout, self.generator))
-            for norm in norms
+            (f"blocks.{layer}.{name}.hook_in", _rescaler(self.layout, self.generator))
+            for path, name in reversed(points.items())
+            if path is not None
         ]
-        self.model.step(
-            self.batch, layer, [*hooks, *(self._reader(layer, kind) for kind in self.errors)]
-        )
+        hooks += [self._reader(layer, kind) for kind, path in before.items() if path is not None]
+        self.model.step(self.batch, layer, hooks)
 
     def found(self) -> Found:
         """Arrays of the sublayers group that OutputsMeter does not have."""
-        errors = {f"{kind}_scale_error": np.array(found) for kind, found in self.errors.items()}
-        return errors | {"largest_shift": np.array([SHIFT if self.layout.centres else 0.0])}, {}
+        arrays = {"largest_shift": np.array([SHIFT if self.layout.centres else 0.0])}
+        for kind, by_layer in self.errors.items():
+            if by_layer:
+                errors = arrays[f"{kind}_scale_error"] = np.full(
+                    (self.layout.n_layers, DRAWS), np.nan
+                )
+                errors[list(by_layer)] = list(by_layer.values())
+        return arrays, {}
 
     def _reader(self, layer: int, kind: str) -> tuple[str, Any]:
         def read(x: "torch.Tensor", hook: Any) -> None:
-            self.errors[kind].append(_errors(x.reshape(2 + DRAWS, -1).double()))
+            self.errors[kind][layer] = _errors(x.reshape(2 + DRAWS, -1).double())
 
         return f"blocks.{layer}.hook_{kind}_out", read
 

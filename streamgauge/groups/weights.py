@@ -1,23 +1,32 @@
 """The `weights` group: norms of every matrix and bias; and where W_V and W_O lie in the files."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.checkpoints.files import Checkpoint, read_tensor, tensor_names
+from streamgauge.engine.anatomy import is_norm
 from streamgauge.engine.blockwise import Blockwise
-from streamgauge.engine.forward import Found, Reading
+from streamgauge.engine.forward import Found, stacked
+from streamgauge.engine.heads import Heads
 from streamgauge.engine.layout import Layout
 from streamgauge.engine.pieces import pieces
 from streamgauge.groups.reasons import EXPERTS
 from streamgauge.numerics.convention import expand_heads, product_frobenius, product_spectral
 from streamgauge.numerics.matrices import strided
+from streamgauge.numerics.names import LAYER
 
 if TYPE_CHECKING:
     import torch
 
 GAIN_ROUNDING = 2.0**-20  # gains are read off a norm's output in fp32
 MLP_WEIGHTS = ("W_in", "W_in_raw", "W_out", "W_out_raw", "b_in", "b_in_raw", "b_out", "b_out_raw")
+HEADS_WEIGHTS = (
+    *("W_Q", "W_K", "W_V", "W_O", "W_Q_raw", "W_K_raw", "W_V_raw", "W_O_raw", "b_Q", "b_K", "b_O"),
+    *("b_Q_raw", "b_K_raw", "b_V_raw", "b_O_raw", "W_OV_raw_frobenius"),
+    *("W_OV_frobenius", "W_OV_spectral", "W_QK_frobenius", "W_QK_spectral"),
+)
 GATED = ("W_gate", "W_gate_raw", "b_gate", "b_gate_raw")
 UNGATED = ("W_in_W_out", "b_in_W_out")
 GATED_MLP = "the MLP is gated, so nothing flows through W_in W_out alone"
@@ -27,77 +36,81 @@ QK_NORM = (
 UNGATED_MLP = "the MLP has no gate"
 
 
-def reset_gains(layout: Layout) -> list[str] | None:
-    """Norms whose gain is one constant although other layers' gains are not: one line each.
+def reset_gains(model: Blockwise) -> list[str] | None:
+    """Norms whose gain is one constant although the same norm's of other layers are not: a line
+    each.
 
-    None where no gain varies, as before training and in norms without parameters.
+    Every norm in a block counts, wherever it stands. None where no gain varies, as before training
+    and in norms without parameters.
     """
+    gains: dict[str, dict[int, np.ndarray]] = {}
+    for layer, block in enumerate(model.blocks):
+        for path, module in block.named_modules():
+            gain = module._parameters.get("weight")
+            if is_norm(module) and gain is not None and gain.numel() > 1:
+                gains.setdefault(path, {})[layer] = gain.detach().float().cpu().numpy()
     resets: list[str] | None = None
-    for name, gains in (
-        ("norm before the attention", layout.gains),
-        ("norm before the MLP", layout.mlp_gains),
-    ):
-        constant = np.ptp(gains, axis=1) <= GAIN_ROUNDING * np.abs(gains).max(axis=1)
-        if not constant.all():
-            resets = (resets or []) + [
-                f"layer {layer}: the gain of the {name} is constant"
-                for layer in np.flatnonzero(constant)
-            ]
+    for path, by_layer in gains.items():
+        constant = [n for n, g in by_layer.items() if np.ptp(g) <= GAIN_ROUNDING * np.abs(g).max()]
+        if len(constant) < len(by_layer):
+            lines = [f"layer {layer}: the gain of {path} is constant" for layer in constant]
+            resets = (resets or []) + lines
     return resets
-
-
-def reason_without_heads(model: Blockwise, layout: Layout) -> str | None:
-    """Why an architecture's attention cannot be read by head, None where it can."""
-    try:
-        with model.held(0) as block:
-            _attention_norms(block.attn, layout, 0)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        architecture = type(model.mapped.model).__name__
-        return (
-            f"TransformerLens shows no W_V and W_O by head for {architecture} "
-            f"({type(error).__name__})"
-        )
-    return None
 
 
 class WeightsGroup:
     """Norms of a block's matrices and biases, in fp64, from Gram matrices and sums over rows."""
 
-    def __init__(self, model: Blockwise, layout: Layout) -> None:
-        self.model, self.layout = model, layout
-        self.reading = Reading(self._norms)
+    def __init__(self, layout: Layout, heads: Heads) -> None:
+        self.layout, self.heads = layout, heads
+        self.layers: list[dict[str, np.ndarray]] = []
 
     def visit(self, layer: int) -> None:
         """Read a block."""
-        self.reading.visit(layer)
+        self.layers.append(self._norms(layer))
 
     def found(self) -> Found:
         """Arrays of the group, and the reasons for those that this architecture does not have."""
-        arrays, _ = self.reading.found()
+        arrays, absent = stacked(self.layers, "no such matrix, or heads of another size, there")
         arrays |= {"ln1_gain": self.layout.gains, "ln2_gain": self.layout.mlp_gains}
-        if not self.layout.has_neurons:
-            absent = dict.fromkeys([*MLP_WEIGHTS, *GATED, *UNGATED], EXPERTS)
+        return arrays, absent | {n: why for n, why in self._absent(arrays) if n not in arrays}
+
+    def _absent(self, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+        has_heads, has_mlp = "W_OV_frobenius" in arrays, "W_in" in arrays
+        for name in HEADS_WEIGHTS:
+            yield name, QK_NORM if has_heads and name.startswith("W_QK") else self.heads.why
+        if self.layout.with_neurons and not has_mlp:
+            why = self.heads.why.replace("W_V and W_O by head", "W_in and W_out")
         else:
-            missing, reason = (UNGATED, GATED_MLP) if "W_gate" in arrays else (GATED, UNGATED_MLP)
-            absent = dict.fromkeys(missing, reason)
-        if "W_QK_frobenius" not in arrays:
-            absent |= dict.fromkeys(["W_QK_frobenius", "W_QK_spectral"], QK_NORM)
-        return arrays, absent
+            why = EXPERTS
+        for name in MLP_WEIGHTS:
+            yield name, why
+        for name in GATED:
+            yield name, UNGATED_MLP if has_mlp else why
+        for name in UNGATED:
+            yield name, GATED_MLP if has_mlp else why
 
     def _norms(self, layer: int) -> dict[str, np.ndarray]:
-        block = self.model.blocks[layer]
-        mlp = _mlp_norms(block.mlp, self.layout, layer) if self.layout.has_neurons else {}
-        return _attention_norms(block.attn, self.layout, layer) | mlp
+        found: dict[str, np.ndarray] = {}
+        if matrices := self.heads.of(layer):
+            found = _attention_norms(matrices, self.heads.attention(layer), self.layout, layer)
+        bridge = self.heads.bridge
+        mlp = bridge.part(layer, "mlp") if bridge and layer in self.layout.with_neurons else None
+        if mlp is not None and _is_dense(mlp):
+            found |= _mlp_norms(mlp, self.layout, layer)
+        return found
 
 
-def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
-    """Norms of one layer's attention: by head, and of its output bias."""
-    gain, bias = (_fp64(x, attn.W_Q.device) for x in (layout.gains[layer], layout.biases[layer]))
+def _attention_norms(
+    matrices: "dict[str, torch.Tensor]", attn: Any, layout: Layout, layer: int
+) -> dict[str, np.ndarray]:
+    """Norms of one layer's attention: by head, (heads,), and of its output bias, ()."""
+    multiplier = layout.factor(layer, "attn")
+    device = matrices["W_Q"].device
+    gain, bias = (_fp64(x, device) for x in (layout.gains[layer], layout.biases[layer]))
     # All four as rows that face the stream, (heads, d_head, d_model), which most files have next to
     # each other.
-    raw = {name: getattr(attn, name).detach().mT for name in ("W_Q", "W_K", "W_V")} | {
-        "W_O": attn.W_O.detach()
-    }
+    raw = {name: matrix.mT if name != "W_O" else matrix for name, matrix in matrices.items()}
     raw = {name: rows.contiguous().double() for name, rows in raw.items()}
     n_heads = len(raw["W_O"])
     own = {
@@ -109,13 +122,13 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     readings |= {f"b_{name}": _norm(own[f"W_{name}"] + carried[f"W_{name}"]) for name in "QK"}
     b_O = _bias(attn, "b_O", (raw["W_O"].shape[2],))
     values = (own["W_V"] + carried["W_V"]).repeat_interleave(n_heads // len(raw["W_V"]), dim=0)
-    b_O_folded = layout.multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
+    b_O_folded = multiplier * (b_O + (values.flatten() @ raw["W_O"].flatten(0, 1)))
     readings |= {"b_O_raw": _norm(b_O), "b_O": _norm(layout.centre(b_O_folded))}
     raw_V, raw_O = gram(raw["W_V"]), gram(raw["W_O"])
     readings["W_OV_raw_frobenius"] = product_frobenius(expand_heads(raw_V, n_heads), raw_O)
     folded = {name: raw[name].mul_(gain) for name in own}
     grams = {name: gram(rows) - _means(rows, layout.centres) for name, rows in folded.items()}
-    grams["W_O"] = layout.multiplier**2 * (raw_O - _means(raw["W_O"], layout.centres))
+    grams["W_O"] = multiplier**2 * (raw_O - _means(raw["W_O"], layout.centres))
     readings |= {
         name: np.sqrt(np.maximum(np.trace(found, axis1=-2, axis2=-1), 0))
         for name, found in grams.items()
@@ -127,6 +140,14 @@ def _attention_norms(attn: Any, layout: Layout, layer: int) -> dict[str, np.ndar
     return readings | {
         f"{name}_spectral": product_spectral(*pair) for name, pair in products.items()
     }
+
+
+def _is_dense(mlp: Any) -> bool:
+    """Whether TransformerLens shows one matrix into the neurons, and one out of them."""
+    if not {"in", "out"} <= set(mlp.submodules):
+        return False
+    W_in, W_out = mlp.W_in, mlp.W_out
+    return bool(W_in.dim() == W_out.dim() == 2 and W_in.shape == W_out.shape[::-1])
 
 
 def gram(rows: "torch.Tensor") -> np.ndarray:
@@ -153,6 +174,7 @@ def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
 
     its matrices and biases, and without a gate those of their products.
     """
+    multiplier = layout.factor(layer, "mlp")
     gain, bias = (
         _fp64(x, mlp.W_in.device) for x in (layout.mlp_gains[layer], layout.mlp_biases[layer])
     )
@@ -160,7 +182,7 @@ def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
     b_in, b_out = _bias(mlp, "b_in", W_in.shape[1:]), _bias(mlp, "b_out", W_out.shape[1:])
     raw_in, folded_in, carried_in = _reading_norms(W_in, gain, bias, layout.centres)
     b_in_folded = b_in + carried_in
-    raw_out, folded_out, carried_out = _writing_norms(W_out, b_in_folded, layout)
+    raw_out, folded_out, carried_out = _writing_norms(W_out, b_in_folded, layout, multiplier)
     readings = {
         "W_in": folded_in,
         "W_in_raw": raw_in,
@@ -168,12 +190,12 @@ def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
         "W_out_raw": raw_out,
         "b_in": _norm(b_in_folded),
         "b_in_raw": _norm(b_in),
-        "b_out": _norm(layout.multiplier * layout.centre(b_out)),
+        "b_out": _norm(multiplier * layout.centre(b_out)),
         "b_out_raw": _norm(b_out),
     }
     if mlp.W_gate is None:
         return readings | {
-            "W_in_W_out": _through(W_in, W_out, gain, layout),
+            "W_in_W_out": _through(W_in, W_out, gain, layout, multiplier),
             "b_in_W_out": carried_out,
         }
     b_gate = _bias(mlp, "b_gate", mlp.W_gate.shape[1:])
@@ -206,7 +228,7 @@ def _reading_norms(
 
 
 def _writing_norms(
-    weight: "torch.Tensor", bias: "torch.Tensor", layout: Layout
+    weight: "torch.Tensor", bias: "torch.Tensor", layout: Layout, multiplier: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frobenius norms of a writing weight (d_mlp, d_model), raw and in the convention, and the norm
     of bias @ weight there.
@@ -216,11 +238,15 @@ def _writing_norms(
         raw, means = raw + _square(rows), means + _square(rows.sum(1))
         carried = carried + bias[own] @ rows
     folded = _root(raw - means / weight.shape[1] if layout.centres else raw)
-    return _root(raw), layout.multiplier * folded, layout.multiplier * _norm(layout.centre(carried))
+    return _root(raw), multiplier * folded, multiplier * _norm(layout.centre(carried))
 
 
 def _through(
-    W_in: "torch.Tensor", W_out: "torch.Tensor", gain: "torch.Tensor", layout: Layout
+    W_in: "torch.Tensor",
+    W_out: "torch.Tensor",
+    gain: "torch.Tensor",
+    layout: Layout,
+    multiplier: float,
 ) -> np.ndarray:
     """Frobenius norm of W_in W_out.
 
@@ -230,7 +256,7 @@ def _through(
     if layout.centres:  # on both sides
         product -= product.mean(0)
         product -= product.mean(1, keepdim=True)
-    return np.asarray(layout.multiplier * _root(_square(product)))
+    return np.asarray(multiplier * _root(_square(product)))
 
 
 def _frobenius(heads: "torch.Tensor") -> np.ndarray:
@@ -276,41 +302,40 @@ class Locator:
     """Finds where each layer's W_V and W_O lie: a file's tensor, and shape, strides and offset of
     the view, in elements.
 
-    With the places `streamgauge.numerics.matrices` reads them with numpy alone. places: by matrix
-    and layer; empty where some matrix is not a view of one tensor.
+    With the places `streamgauge.numerics.matrices` reads them with numpy alone. places: by matrix,
+    then by layer, None for a layer without; empty where some matrix is not a view of one tensor.
     """
 
-    def __init__(self, model: Blockwise, checkpoint: Checkpoint) -> None:
-        self.model, self.files = model, tensor_names(checkpoint)
-        self.places: dict[str, list[dict[str, Any]]] = {"W_V": [], "W_O": []}
+    def __init__(self, model: Blockwise, heads: Heads, checkpoint: Checkpoint) -> None:
+        self.model, self.heads, self.files = model, heads, tensor_names(checkpoint)
+        self.places: dict[str, list[dict[str, Any] | None]] = {"W_V": [], "W_O": []}
 
     def visit(self, layer: int) -> None:
         """Find a layer's."""
-        if not self.places:
-            return
-        block = self.model.blocks[layer]
-        names = self.model.mapped.names_by_address(block.original_component)
+        matrices = self.heads.of(layer) if self.places else None
+        names = self.model.mapped.names_by_address(self.model.paths[layer])
         for name, places in self.places.items():
-            place = self._find(getattr(block.attn, name), block, names)
-            if place is None:
-                self.places = {}
-                return
+            place = None
+            if matrices:
+                place = self._find(matrices[name], layer, names)
+                if place is None:
+                    self.places = {}
+                    return
             places.append(place)
 
     def found(self) -> Found:
         """Nothing that an array holds."""
         return {}, {}
 
-    def _find(self, weight: Any, block: Any, names: dict[int, str]) -> dict[str, Any] | None:
-        place = _as_view(weight, names) or _as_rows(weight, _fused_parameters(block, names))
+    def _find(self, weight: Any, layer: int, names: dict[int, str]) -> dict[str, Any] | None:
+        fused = _fused_parameters(self.model.blocks[layer], names)
+        place = _as_view(weight, names) or _as_rows(weight, fused)
         return place if place is not None and _in_files(place, weight, self.files) else None
 
 
 def _fused_parameters(block: Any, names: dict[int, str]) -> dict[str, "torch.Tensor"]:
-    """The attention's own matrices, for bridges that split a fused query-key-value tensor into
-    copies.
-    """
-    tensors = block.attn.original_component.named_parameters()
+    """A block's own matrices, for bridges that split a fused query-key-value tensor into copies."""
+    tensors = block.named_parameters()
     return {
         names[p.untyped_storage().data_ptr()]: p
         for _, p in tensors
@@ -361,9 +386,10 @@ def _in_files(place: dict[str, Any], weight: "torch.Tensor", files: dict[str, An
     values.
     """
     wanted = place["tensor"]
-    candidates = [
-        n for n in files if n == wanted or wanted.endswith(f".{n}") or n.endswith(f".{wanted}")
-    ]
+    # The file may call it otherwise: with another prefix, or none. Its layer and what follows stay.
+    layer = LAYER.search(f".{wanted}")
+    tail = f".{wanted}"[layer.start() :] if layer else wanted
+    candidates = [wanted] * (wanted in files) + [n for n in files if f".{n}".endswith(tail)]
     for name in candidates:
         view = strided(read_tensor(files[name], name), place)
         if view is not None and np.array_equal(

@@ -28,39 +28,54 @@ class Matrices:
         return bool(self.record.metadata["centres"])
 
     @property
-    def _multiplier(self) -> float:
-        return float(self.record.metadata.get("residual_multiplier", 1.0))
+    def layers(self) -> list[int]:
+        """The layers that have them. Raises as `Record.array` does where none has."""
+        self.record.partial("weights/W_OV_frobenius")
+        places = self._places("W_O")
+        return [layer for layer, place in enumerate(places) if place is not None]
 
     def W_V(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_model, d_head); grouped heads are repeated."""
-        n_heads = self.record.array("weights/W_OV_frobenius").shape[1]
+        n_heads = self._places("W_O")[layer]["shape"][0]
         gain = self.record.array("weights/ln1_gain")[layer]
         return expand_heads(fold_reading(self._read("W_V", layer), gain, self.centres), n_heads)
 
     def W_O(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_head, d_model)."""
-        return self._multiplier * fold_writing(self._read("W_O", layer), self.centres)
+        return self._multiplier(layer) * fold_writing(self._read("W_O", layer), self.centres)
 
-    def squared_sizes(self) -> np.ndarray:
-        """‖W_V‖²‖W_O‖², (n_layers, n_heads), before centring, at most.
+    def squared_sizes(self, layer: int) -> np.ndarray:
+        """‖W_V‖²‖W_O‖², (n_heads,), before centring, at most.
 
         Rounding of squared norms of W_OV is relative to it.
         """
         V, O = (  # noqa: E741
-            self.record.array(f"weights/{name}_raw").astype(float) for name in ("W_V", "W_O")
+            self.record.partial(f"weights/{name}_raw")[layer].astype(float)
+            for name in ("W_V", "W_O")
         )
-        gains = np.abs(self.record.array("weights/ln1_gain")).max(1, keepdims=True)
-        V = np.repeat(V, O.shape[1] // V.shape[1], axis=1)
-        sizes: np.ndarray = (gains * self._multiplier * V * O) ** 2
+        V, O = V[~np.isnan(V)], O[~np.isnan(O)]  # noqa: E741
+        gain = np.abs(self.record.array("weights/ln1_gain")[layer]).max()
+        sizes: np.ndarray = (
+            gain * self._multiplier(layer) * np.repeat(V, len(O) // len(V)) * O
+        ) ** 2
         return sizes
 
-    def _read(self, name: str, layer: int) -> np.ndarray:
-        places = self.record.metadata["matrices"].get(name)
+    def _multiplier(self, layer: int) -> float:
+        said = self.record.metadata.get("residual_multiplier", 1.0)
+        return float(said[layer] if isinstance(said, list) else said)
+
+    def _places(self, name: str) -> list[Any]:
+        places: list[Any] | None = self.record.metadata["matrices"].get(name)
         if not places:
             raise NotApplicable(
                 f"{name} of this architecture is not a plain view of a tensor in the file"
             )
-        place = places[layer]
+        return places
+
+    def _read(self, name: str, layer: int) -> np.ndarray:
+        place = self._places(name)[layer]
+        if place is None:
+            raise NotApplicable(f"layer {layer} has no {name} by head")
         view = strided(self.read(place["tensor"]), place)
         if view is None:
             raise CheckpointError(

@@ -2,13 +2,19 @@
 
 import re
 
-LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:h|layers?|blocks?)\.(\d+)\.")
 
 
 def layer_of(name: str) -> int | None:
     """The layer in a tensor's name, None where it has none."""
     found = LAYER.search(f".{name}")
     return int(found.group(1)) if found else None
+
+
+def block_of(name: str) -> str | None:
+    """The path of the block that a tensor lies in, as `model.layers.3`; None outside of blocks."""
+    found = LAYER.search(f".{name}")
+    return f".{name}"[1 : found.end() - 1] if found else None
 
 
 def part_of(name: str) -> str:

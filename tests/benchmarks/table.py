@@ -221,16 +221,21 @@ def random_inputs(folder: str) -> dict[str, float]:
 
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.bridge import build_bridge
     from streamgauge.engine.forward import PromptRun
+    from streamgauge.engine.heads import Heads
     from streamgauge.engine.layout import probe_layout
     from streamgauge.engine.load import load_model
     from streamgauge.groups.random_input import EarlyInputs, RandomInputGroup
     from streamgauge.numerics.rows import Prompts
 
-    model = Blockwise(load_model(open_checkpoint(folder), "cpu")[0])
+    model = Blockwise(load_model(open_checkpoint(folder), "cpu").mapped)
     layout, prompts = probe_layout(model), Prompts(rows(), "benchmark", None)
     early = EarlyInputs(layout)
-    run, group = PromptRun(model, prompts, [early]), RandomInputGroup(model, layout, early, None)
+    run, group = (
+        PromptRun(model, prompts, [early]),
+        RandomInputGroup(model, layout, early, Heads(build_bridge(model), None)),
+    )
     rates, peaks = [], []
     for layer in range(9):
         with torch.no_grad(), model.held(layer):
@@ -289,9 +294,8 @@ def horizon_passes(folder: str) -> dict[str, float]:
     from streamgauge.numerics.horizons import Variant
     from streamgauge.numerics.rows import Prompts
 
-    mapped, _ = load_model(open_checkpoint(folder), "cpu")
-    prompts = prompts_for(mapped, Path(folder), read_prompts(None), built_in=True)
-    model = Blockwise(mapped)
+    model = Blockwise(load_model(open_checkpoint(folder), "cpu").mapped)
+    prompts = prompts_for(model, Path(folder), read_prompts(None), built_in=True)
 
     prompts = Prompts([prompts.rows[row] for row in some_rows(prompts)], "benchmark", None)
 
