@@ -122,13 +122,13 @@ def stream_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
-def attention_weights(output: Any) -> "torch.Tensor | None":
+def attention_weights(output: Any, positions: int) -> "torch.Tensor | None":
     """What eager attention returns beside its output: (rows, heads, positions, positions)."""
     import torch
 
     others = output[1:] if isinstance(output, tuple) else ()
     tensors = [value for value in others if isinstance(value, torch.Tensor)]
-    return next((x for x in tensors if x.dim() == 4 and x.shape[-1] == x.shape[-2]), None)
+    return next((x for x in tensors if x.dim() == 4 and x.shape[-2:] == (positions,) * 2), None)
 
 
 @dataclass
@@ -136,6 +136,7 @@ class Trace:
     """All calls of modules below a block during one run of it, in the order in which they ended."""
 
     block: Any
+    positions: int
     events: list[Event] = field(default_factory=list)
     _kept: list[Any] = field(default_factory=list)
 
@@ -167,7 +168,7 @@ class Trace:
             if isinstance(returned, torch.Tensor) and returned.is_floating_point():
                 tensor = isinstance(given, torch.Tensor)
                 event = Event(path, module, given.clone() if tensor else None, returned.clone())
-                event.shows_weights = attention_weights(output) is not None
+                event.shows_weights = attention_weights(output, self.positions) is not None
                 self.events.append(event)
                 self._kept.append(returned)
 

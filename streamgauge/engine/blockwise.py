@@ -12,7 +12,7 @@ from streamgauge.engine.mapped import Mapped
 from streamgauge.engine.points import Hooks, hooked
 from streamgauge.engine.probe import probe, quiet
 from streamgauge.engine.together import calling_instead, run_together
-from streamgauge.errors import CheckpointError
+from streamgauge.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,14 @@ class Blockwise:
         stream[1, :half] = stream[0, :half]
         args, kwargs = batch.calls[layer]
         with torch.no_grad(), self.held(layer) as block:
-            return _change(first(block(stream, *args, **kwargs)), half) > CAUSAL
+            try:
+                output = block(stream, *args, **kwargs)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"blocks of this {type(self.mapped.model).__name__} cannot be run one by one "
+                    f"({first_line(error)}); it cannot be measured."
+                ) from error
+        return _change(first(output), half) > CAUSAL
 
     @contextlib.contextmanager
     def held(self, layer: int) -> Iterator[Any]:

@@ -213,4 +213,5 @@ def context_length(config: Any) -> int:
     """How many positions the model has; 2048 where its architecture sets no limit."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((int(v) for v in (getattr(text, n, None) for n in names) if v), 2048)
+    said = (getattr(text, name, None) for name in names)
+    return next((int(v) for v in said if v and int(v) > 0), 2048)

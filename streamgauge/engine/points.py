@@ -208,7 +208,7 @@ def _pattern(hook: Any) -> Any:
     """Of an attention's outputs the one that is square in positions."""
 
     def behind(module: Any, args: Any, output: Any) -> None:
-        pattern = attention_weights(output)
+        pattern = attention_weights(output, first(output).shape[1])
         if pattern is not None:
             hook(pattern, None)
 

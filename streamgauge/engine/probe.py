@@ -26,7 +26,7 @@ from streamgauge.numerics.names import block_of
 if TYPE_CHECKING:
     import torch
 
-LENGTH = 24  # tokens of each of the two rows
+LENGTH = 23  # tokens of each of the two rows: like no size of a head
 
 
 @dataclass
@@ -140,7 +140,7 @@ class _Watch:
                 self.seen.between = True
             self.given, self.kept = stream, stream.clone()
             self.seen.blocks.append(path)
-            self.trace = Trace(block).__enter__()
+            self.trace = Trace(block, self.seen.ids.shape[1]).__enter__()
 
         return enter
 
