@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 LOGITS = 2**24  # held at once, several times over
-CAUSAL = 1e-3  # relative change by later tokens from which a block is not causal
+CAUSAL = 1e-5  # relative change by later tokens that rounding does not explain
 TOGETHER = 1024  # tokens whose matrix products are shared; with more, products are hardly faster
 
 

@@ -3,17 +3,25 @@
 Imports torch inside functions.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from streamgauge.checkpoints.files import Checkpoint, count_elements, stored_dtypes
+from streamgauge.checkpoints.files import (
+    Checkpoint,
+    count_elements,
+    stored_dtypes,
+    tensor_names,
+)
 from streamgauge.checkpoints.untrusted import refuse_sizes
 from streamgauge.engine.mapped import Mapped
 from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.names import LAYER, layer_of
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
+# What parts beside a language model are called.
+BESIDE = re.compile(r"vision|visual|image|audio|speech|multi_modal|projector")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,10 @@ def load_model(checkpoint: Checkpoint, device: str) -> Opened:
             f"the device {device!r} cannot be used ({first_line(error)}); name another with "
             "--device."
         ) from error
-    return Opened(mapped, unread, _say_left_out(parameters, own))
+    left_out = None
+    if config.get_text_config() is not config:
+        left_out = _say_left_out(tensor_names(checkpoint), stored)
+    return Opened(mapped, unread, left_out)
 
 
 def _configured(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -147,12 +158,13 @@ def _language_model(model: Any) -> Callable[[str], bool]:
     return lambda name: any(name.startswith(f"{path}.") for path in paths)
 
 
-def _say_left_out(parameters: dict[str, Any], own: Callable[[str], bool]) -> str | None:
-    others = [name for name in parameters if not own(name)]
-    if not others:
+def _say_left_out(in_files: Iterable[str], stored: Iterable[str]) -> str | None:
+    """The tensors of a file that belong to what lies beside the language model, by their names."""
+    beside = [name for name in set(in_files) - set(stored) if BESIDE.search(name)]
+    if not beside:
         return None
-    parts = sorted({".".join(name.split(".")[:2]) for name in others})
-    return f"{len(others)} tensors beside the language model, in {', '.join(parts)}"
+    parts = {next(part for part in name.split(".") if BESIDE.search(part)) for name in beside}
+    return f"{len(beside)} tensors beside the language model, in {', '.join(sorted(parts))}"
 
 
 def _mapped_dtype(checkpoint: Checkpoint) -> Any:

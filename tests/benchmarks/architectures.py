@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.numerics.names import block_of
 from tests.conftest import ROOT
 
 TABLE = ROOT / "docs" / "architectures.md"
 HEAD = """# Which architectures are measured
 
 Tiny random models (four layers, random gains and biases) of the types that transformers maps to
-causal language models, as it builds them, each audited whole. **Sublayers**: what blocks add to the
+causal language models, as it builds them, and of configurations that change what a model computes
+(`tests/variants.py`), each audited whole. **Sublayers**: what blocks add to the
 stream, found by trying (`streamgauge/engine/anatomy.py`), with the factor where there is one;
 layers that are alike stand once. **Heads**: whether TransformerLens names the attention's matrices
 and its block computes what transformers' does. **Differs**: largest relative difference of the
@@ -55,7 +57,7 @@ def measure(folder: Path, store: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         record = Store(store).record(open_checkpoint(folder), prompts=None, device="cpu")
-        differs = _difference(folder, record)
+        differs = difference(folder, record)
     except StreamgaugeError as error:
         return {"refused": str(error).replace(str(folder), folder.name)}
     except Exception as error:
@@ -76,15 +78,17 @@ def measure(folder: Path, store: Path) -> dict[str, Any]:
     }
 
 
-def _difference(folder: Path, record: Any) -> float:
-    """From plain hooks: of norms before blocks, behind the last, and of losses."""
+def difference(folder: Path, record: Any) -> float:
+    """From plain hooks: of norms before blocks, and of losses."""
     import torch
-    import transformers
+
+    from tests import variants
 
     prompt = record.array("stream/prompt")
     token = record.array("prediction/token")
     rows = [token[prompt == n].tolist() for n in np.unique(prompt)]
-    model, blocks = _plain_model(folder, transformers)
+    model = variants.plain(folder)
+    blocks = _blocks(folder, model)
     seen: dict[int, Any] = {}
 
     def keep(layer: int) -> Any:
@@ -119,25 +123,17 @@ def _difference(folder: Path, record: Any) -> float:
     return float(max(np.nanmax(stream), loss.max()))
 
 
-def _plain_model(folder: Path, transformers: Any) -> tuple[Any, list[str]]:
-    """The model as transformers opens it, and where its blocks are, by names alone."""
-    import torch
+def _blocks(folder: Path, model: Any) -> list[str]:
+    """Where a model's blocks are, by names alone."""
+    import transformers
 
-    from streamgauge.numerics.names import block_of
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    auto = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    if hasattr(config, "rescale_every"):
-        model.config.rescale_every = model.rwkv.config.rescale_every = 0
-    depth = config.get_text_config().num_hidden_layers
+    depth = transformers.AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
     paths = dict.fromkeys(p for name, _ in model.named_parameters() if (p := block_of(name)))
     lists = Counter(path.rpartition(".")[0] for path in paths)
-    decoder = [
-        name for name in lists if not any(w in name for w in ("vision", "visual", "encoder."))
-    ]
+    beside = ("vision", "visual", "encoder.")
+    decoder = [name for name in lists if not any(word in name for word in beside)]
     where = next((name for name in decoder if lists[name] == depth), next(iter(lists)))
-    return model, [path for path in paths if path.rpartition(".")[0] == where]
+    return [path for path in paths if path.rpartition(".")[0] == where]
 
 
 def _one(arguments: tuple[Path, Path]) -> tuple[str, dict[str, Any]]:
@@ -201,8 +197,12 @@ def main(folder: Path, script: Path | None) -> None:
     """Build, measure, audit, and write the table."""
     import importlib.metadata
 
+    from tests import variants
+
     if script is not None:
         subprocess.run([sys.executable, str(script), str(folder)], check=False)
+    for name in variants.CONFIGS:  # one entry of a configuration each
+        variants.build(name, folder / name)
     store = folder.parent / f"{folder.name}-store"
     folders = sorted(path for path in folder.iterdir() if (path / "config.json").is_file())
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=40) as pool:
