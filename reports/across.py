@@ -1,6 +1,5 @@
-"""What is compared across the models of one page:
-
-whether slower growth of the stream goes with a nearer layer horizon.
+"""What is compared across the models of one page: whether slower growth of the stream goes with a
+nearer layer horizon.
 """
 
 from pathlib import Path

@@ -1,6 +1,5 @@
-"""Two models in one figure:
-
-the curves of the one under audit and of its baseline, of all that moved and nothing else.
+"""Two models in one figure: the curves of the one under audit and of its baseline, of all that
+moved and nothing else.
 """
 
 import itertools

@@ -1,6 +1,5 @@
-"""Pieces that figures are made of:
-
-quantiles over tokens, lines, spreads and axes, as Plotly's plain JSON.
+"""Pieces that figures are made of: quantiles over tokens, lines, spreads and axes, as Plotly's
+plain JSON.
 """
 
 from typing import Any

@@ -1,6 +1,5 @@
-"""The figures of one model, from its record and the rows about it:
-
-those of the post that the laws are from, and a few more.
+"""The figures of one model, from its record and the rows about it: those of the post that the laws
+are from, and a few more.
 """
 
 import itertools

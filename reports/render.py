@@ -24,6 +24,7 @@ ANSWERS = (
     "attention/gain_share",
     "mlp/gain_share",
 )
+NEEDED = {"model", "law", "kind", "outcome", "reason", "value", "values", "band", "claim"}
 LISTED = 12  # values of one law that its row of the table lists
 ACROSS = ""  # the model of a figure that is about all of them
 SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_applicable": "–"}
@@ -31,7 +32,7 @@ SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
     """The rows of all files, each with the path of its record made whole; a model's second run is
-    numbered.
+    numbered. Raises KeyError, TypeError or ValueError for a file of anything else.
     """
     rows: list[Row] = []
     for path in paths:
@@ -44,6 +45,9 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
                     for n in itertools.count(2)
                     if (name := f"{row['model']} (run {n})") not in taken
                 )
+            missing = NEEDED - row.keys()
+            if missing:
+                raise KeyError(min(missing))
             for name in ("record", "baseline"):
                 row[name] = str(path.parent / row[name]) if row[name] else None
         rows += found
@@ -52,7 +56,11 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 def render(rows: Iterable[Path], folder: Path) -> None:
     """Write report.html, summary.md and badge.svg into a folder, from rows.jsonl files."""
-    read = read_rows(rows)
+    write(read_rows(rows), folder)
+
+
+def write(read: list[Row], folder: Path) -> None:
+    """Write the same from rows that were read."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(page(read), encoding="utf-8")
     (folder / "summary.md").write_text(summary(read), encoding="utf-8")

@@ -22,18 +22,27 @@ def summary(rows: list[Row]) -> str:
         ]
         lines.append(f"| {_text(model)} | {' | '.join(map(str, counts))} |")
     for row in rows:
-        if row["outcome"] in ("fail", "error"):
-            what = "fails" if row["outcome"] == "fail" else "could not be measured"
-            lines += [
-                "",
-                f"## {row['law']} {what} on {_text(row['model'])}",
-                "",
-                _text(row["reason"]),
-                "",
-            ]
-            lines += [f"Source: {_text(row['source'])}", ""] if row["source"] else []
-            lines += ["Reproduce with:", "", f"    {_line(row['reproduce'])}"]
+        if row["outcome"] == "fail":
+            lines += _failure(row)
+    for (model, reason), laws in _unmeasured(rows).items():
+        named = laws[0] if len(laws) == 1 else f"{len(laws)} laws"
+        lines += ["", f"## {named} could not be measured on {_text(model)}", "", _text(reason)]
     return "\n".join(lines) + "\n"
+
+
+def _failure(row: Row) -> list[str]:
+    lines = ["", f"## {row['law']} fails on {_text(row['model'])}", "", _text(row["reason"]), ""]
+    lines += [f"Source: {_text(row['source'])}", ""] if row["source"] else []
+    return [*lines, "Reproduce with:", "", f"    {_line(row['reproduce'])}"]
+
+
+def _unmeasured(rows: list[Row]) -> dict[tuple[str, str], list[str]]:
+    """Laws by model and the reason for which they could not be measured: a cause is said once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["outcome"] == "error":
+            found.setdefault((row["model"], row["reason"]), []).append(row["law"])
+    return found
 
 
 def _line(text: str) -> str:
@@ -41,8 +50,7 @@ def _line(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Names and reasons come from checkpoints:
-
-    one line, and nothing that Markdown or HTML would act on.
+    """Names and reasons come from checkpoints: one line, and nothing that Markdown or HTML would
+    act on.
     """
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!&" else c for c in _line(text))

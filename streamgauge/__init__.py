@@ -1,6 +1,5 @@
-"""streamgauge:
-
-measure what flows through a transformer's residual stream, and assert what is known to hold.
+"""streamgauge: measure what flows through a transformer's residual stream, and assert what is known
+to hold.
 """
 
 from streamgauge.errors import StreamgaugeError

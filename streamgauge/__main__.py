@@ -5,13 +5,13 @@ Audits themselves are run by pytest.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from streamgauge.catalogued import location, part
 from streamgauge.errors import RecordError, StreamgaugeError, UnknownModelError
 from streamgauge.laws import laws
 
@@ -27,7 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        code = int(options.run(options) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UnknownModelError as error:
         print(f"streamgauge: {error}", file=sys.stderr)
         return USAGE
@@ -150,7 +155,7 @@ def _measure(options: argparse.Namespace) -> None:
     if options.output.is_file():
         Record.load(options.output)  # raises where somebody else's file would be overwritten
     converted = default_store() / "converted" if options.allow_pickle else None
-    checkpoint = open_checkpoint(_location(options.model), options.revision, converted=converted)
+    checkpoint = open_checkpoint(location(options.model), options.revision, converted=converted)
     record = measure(
         checkpoint,
         prompts=options.prompts,
@@ -161,23 +166,6 @@ def _measure(options: argparse.Namespace) -> None:
     )
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
-
-
-def _location(name: str) -> str | Path:
-    """Where a model is:
-
-    a folder, or a hub repository, which catalogued names stand for. Raises UnknownModelError.
-    """
-    catalogue = _part("fixtures.catalogue")
-    known = catalogue.models().get(name) if not Path(name).is_dir() else None
-    if known:
-        return known.folder or known.hub  # type: ignore[no-any-return]
-    if not Path(name).exists() and "/" not in name:
-        raise UnknownModelError(
-            f"no model is called {name!r}; the nearest catalogued names are "
-            f"{catalogue.nearest(name)}."
-        )
-    return name
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -193,7 +181,7 @@ def _diff(options: argparse.Namespace) -> int:
         if Path(name).is_file():
             return Record.load(name)
         converted = store.folder / "converted" if options.allow_pickle else None
-        checkpoint = open_checkpoint(_location(name), converted=converted)
+        checkpoint = open_checkpoint(location(name), converted=converted)
         return store.record(
             checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True
         )
@@ -211,28 +199,23 @@ def _report(options: argparse.Namespace) -> None:
     from streamgauge.store import prepare_report
 
     for path in options.rows:
+        if path.is_dir():
+            raise UnknownModelError(f"{path} is a folder; name the rows.jsonl in it.")
         if not path.is_file():
             raise UnknownModelError(
                 f"there is no file {path}; name the rows.jsonl that pytest --report wrote."
             )
     prepare_report(options.output, "-o")
+    rendering = part("reports.render")
     try:
-        _part("reports.render").render(options.rows, options.output)
+        rows = rendering.read_rows(options.rows)
     except (ValueError, KeyError, TypeError) as error:
         named = ", ".join(map(str, options.rows))
         raise RecordError(
             f"{named} is not the rows.jsonl of an audit ({type(error).__name__}: {error})."
         ) from error
+    rendering.write(rows, options.output)
     print(options.output / "report.html")
-
-
-def _part(name: str) -> Any:
-    """A module of the other rooms:
-
-    inside the package where it is installed, beside it in a clone.
-    """
-    prefix = "streamgauge." if find_spec("streamgauge.fixtures") else ""
-    return import_module(prefix + name)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ class UnknownModelError(StreamgaugeError):
     """No folder, catalogued model or hub repository has this name."""
 
 
+class NotInstalledError(StreamgaugeError):
+    """Something that measuring needs is not installed."""
+
+
 class CheckpointError(StreamgaugeError):
     """The checkpoint cannot be used: missing, truncated, pickled, unsupported or inconsistent."""
 

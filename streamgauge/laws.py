@@ -11,9 +11,8 @@ KINDS = ("theorem", "phenomenon", "reference", "regression")
 
 @dataclass(frozen=True)
 class Law:
-    """A law as its file states it:
-
-    id (`residual/growth_rate`), kind, claim, formula, source, where it applies.
+    """A law as its file states it: id (`residual/growth_rate`), kind, claim, formula, source, where
+    it applies.
     """
 
     id: str

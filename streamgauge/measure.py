@@ -10,11 +10,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.catalogued import location
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import load_tokenizer
@@ -22,12 +24,13 @@ from streamgauge.engine.accounts import Accounts
 from streamgauge.engine.forward import Group, Lacking, walk
 from streamgauge.engine.memory import reused
 from streamgauge.engine.rows import rows_for
-from streamgauge.errors import UnknownModelError
+from streamgauge.errors import NotInstalledError, UnknownModelError
 from streamgauge.groups.patching import tasks_sha256
 from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.circuits import Task
 from streamgauge.numerics.horizons import variants_of
 from streamgauge.numerics.rows import Prompts
+from streamgauge.progress import in_notebook
 from streamgauge.record import Record
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from streamgauge.plan import Plan
 
 LARGE = 2**29  # bytes of weights
+MEASURING = ("torch", "transformers", "transformer_lens", "accelerate", "greenlet", "psutil")
 
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it
 # anew, and keep the others.
@@ -75,9 +79,10 @@ def measure(
     groups: Sequence[str] | None = None,
     known: Record | None = None,
     digest: str | None = None,
-    show: bool = False,
+    show: bool | None = None,
 ) -> Record:
-    """Measure a checkpoint folder or hub model: all groups of `streamgauge.record`, or those named.
+    """Measure a checkpoint folder, a catalogued name or a hub model: all groups of
+    `streamgauge.record`, or those named.
 
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of
     the layer horizon that are tried, `default` or `all` (see `streamgauge.numerics.horizons`).
@@ -85,7 +90,7 @@ def measure(
     until the 95% interval of the growth rate is narrower than this. rows: token ids to measure on
     instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
     are taken over where they are as this instrument would measure them. digest: the weights'
-    sha256, where it is known. show: progress on stderr.
+    sha256, where it is known. show: progress on stderr, by default in notebooks alone.
     Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for
     the user.
 
@@ -93,7 +98,11 @@ def measure(
     >>> record.resid_pre.shape  # layers, tokens  # doctest: +SKIP
     (16, 1304)
     """
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, revision)
+    _require_measuring()
+    if isinstance(model, Checkpoint):
+        checkpoint = model
+    else:
+        checkpoint = open_checkpoint(location(model), revision)
     texts = rows or read_prompts(prompts)
     unknown = sorted(set(groups or ()) - set(GROUPS))
     if unknown:
@@ -115,8 +124,18 @@ def measure(
         wanted=wanted,
         known=known,
         digest=digest,
-        show=show,
+        show=in_notebook() if show is None else show,
     )
+
+
+def _require_measuring() -> None:
+    """Raise NotInstalledError where something is missing that measuring alone needs."""
+    missing = [name for name in MEASURING if find_spec(name) is None]
+    if missing:
+        raise NotInstalledError(
+            f"measuring needs {', '.join(missing)}, which this installation lacks; install "
+            "'streamgauge[measure]', or assert a record that was measured elsewhere (--record)."
+        )
 
 
 @dataclass(frozen=True)
@@ -370,7 +389,7 @@ def _metadata(
     # NaN in the weights leaves nothing to tell a block's anatomy from.
     pre_norm = layout.pre_norm or tensors.broken
     if not pre_norm:
-        norm = "post-norm"
+        norm = f"{norm}, blocks do more than add"
     elif not layout.norms_before("attn"):
         norm = f"{norm}, none before the attention"
     multipliers = [layout.factor(layer, "attn") for layer in range(layout.n_layers)]

@@ -1,6 +1,5 @@
-"""Progress of long work:
-
-a bar with the time that is left on a terminal, now and then a plain line elsewhere.
+"""Progress of long work: a bar with the time that is left on a terminal, now and then a plain line
+elsewhere.
 """
 
 import sys
@@ -17,12 +16,17 @@ def track(items: Iterable[T], what: str, show: bool) -> Iterator[T]:
     if not show:
         yield from items
         return
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    if sys.stderr.isatty() or in_notebook():
+        from tqdm.auto import tqdm
 
         yield from tqdm(items, what, leave=False)
         return
     yield from _lines(list(items), what)
+
+
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this, where progress is wanted and a bar can be shown."""
+    return "ipykernel" in sys.modules
 
 
 def _lines(items: list[T], what: str) -> Iterator[T]:

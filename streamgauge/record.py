@@ -200,7 +200,7 @@ class Record:
             for key in (name, group):
                 if key in reasons:
                     raise error(reasons[key])
-        if name not in ARRAYS:
+        if name not in ARRAYS and group != "patching":  # whose arrays are named by the task
             near = ", ".join(difflib.get_close_matches(name, ARRAYS, n=3, cutoff=0)) or "none"
             raise NotMeasured(f"no record has an array {name!r}; the nearest names are {near}")
         raise NotApplicable(f"this record has no {name}")
@@ -278,9 +278,8 @@ class Record:
 
     @property
     def is_text(self) -> np.ndarray:
-        """Which tokens are text:
-
-        not at position 0, where norms follow a law of their own, and not padding.
+        """Which tokens are text: not at position 0, where norms follow a law of their own, and not
+        padding.
         """
         text: np.ndarray = (self.array("stream/position") > 0) & ~self.array(
             "stream/is_padding"
@@ -398,9 +397,8 @@ def _digest(arrays: dict[str, np.ndarray], said: str) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename:
-
-    readers see the old file or the new one.
+    """Write a file under a temporary name beside it, then rename: readers see the old file or the
+    new one.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -1,6 +1,5 @@
-"""Files that the user writes for streamgauge, in TOML:
-
-circuits, and what the adopter's repository says.
+"""Files that the user writes for streamgauge, in TOML: circuits, and what the adopter's repository
+says.
 """
 
 import tomllib

@@ -1,6 +1,5 @@
-"""Records on disk, found again by what they were made from:
-
-weights, prompts, settings and instrument.
+"""Records on disk, found again by what they were made from: weights, prompts, settings and
+instrument.
 """
 
 import contextlib
@@ -165,9 +164,8 @@ class Store:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _weights_sha256(self, checkpoint: Checkpoint) -> str:
-        """The hash, remembered by path, size and time of change:
-
-        gigabytes are not read again on every run.
+        """The hash, remembered by path, size and time of change: gigabytes are not read again on
+        every run.
         """
         stats = [(p, p.resolve().stat()) for p in checkpoint.files]
         # A time of change can be set, and a clock that jumps may give one twice; that of the inode

@@ -1,6 +1,5 @@
-"""Fixtures of the suite's own tests:
-
-audits run in this process, small checkpoints, and what lies beside the clone.
+"""Fixtures of the suite's own tests: audits run in this process, small checkpoints, and what lies
+beside the clone.
 """
 
 import json

@@ -133,9 +133,8 @@ def _repeat_layer(f: Files) -> None:
 
 
 def _head_rows(f: Files) -> torch.Tensor:
-    """W_O with rows by head, (heads, d_head, d_model) or, in Llama, (d_model, heads, d_head):
-
-    a view that can be written.
+    """W_O with rows by head, (heads, d_head, d_model) or, in Llama, (d_model, heads, d_head): a
+    view that can be written.
     """
     weight = f["W_O"]
     return (
@@ -387,9 +386,8 @@ FAULTS = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison with the baseline says of a checkpoint:
-
-    the sentence, and the layers whose tensors it names.
+    """What a comparison with the baseline says of a checkpoint: the sentence, and the layers whose
+    tensors it names.
     """
 
     found: bool

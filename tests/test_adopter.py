@@ -1,6 +1,5 @@
-"""An adopter's repository in miniature:
-
-bands, a law and known failures of its own, and its CI recipe.
+"""An adopter's repository in miniature: bands, a law and known failures of its own, and its CI
+recipe.
 """
 
 import datetime

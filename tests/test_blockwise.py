@@ -1,6 +1,5 @@
-"""Weights stay in the files:
-
-what is computed is what the whole model computes, and no more than a few blocks are in memory.
+"""Weights stay in the files: what is computed is what the whole model computes, and no more than a
+few blocks are in memory.
 """
 
 import json

@@ -1,6 +1,5 @@
-"""The catalogue is data that can be trusted:
-
-names, depths, windows, bands with sources; and the laws are listed.
+"""The catalogue is data that can be trusted: names, depths, windows, bands with sources; and the
+laws are listed.
 """
 
 import json

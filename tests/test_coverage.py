@@ -1,6 +1,5 @@
-"""Every phenomenon of the sources has its law:
-
-the list by name, so that none is lost when files move.
+"""Every phenomenon of the sources has its law: the list by name, so that none is lost when files
+move.
 """
 
 from typing import Any

@@ -1,6 +1,5 @@
-"""Each law holds where it should and fails where it should:
-
-its negative controls, and random weights.
+"""Each law holds where it should and fails where it should: its negative controls, and random
+weights.
 """
 
 from collections.abc import Callable
@@ -666,9 +665,8 @@ def test_a_dead_head_with_a_norm_fails(audit: Auditing, tmp_path: Path) -> None:
 def test_laws_on_files_allow_what_rounding_does_to_small_products(
     law: str, overlap: float, audit: Auditing, tmp_path: Path
 ) -> None:
-    """Heads whose W_O hardly reads what their W_V writes:
-
-    the product is much smaller than its factors.
+    """Heads whose W_O hardly reads what their W_V writes: the product is much smaller than its
+    factors.
     """
     model, generator = models.gpt2(3), torch.Generator().manual_seed(0)
     with torch.no_grad():

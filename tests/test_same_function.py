@@ -19,11 +19,13 @@ from tests import models, variants
 from tests.benchmarks.architectures import difference
 from tests.conftest import Audit, shared_checkpoint
 
+GROUPS = ["instrument", "stream", "weights", "prediction"]
+
 
 @pytest.mark.parametrize("name", variants.CONFIGS)
 def test_every_entry_of_a_configuration_is_measured_right(name: str, tmp_path: Path) -> None:
     folder = variants.build(name, tmp_path / "model")
-    record = streamgauge.measure(folder)
+    record = streamgauge.measure(folder, groups=GROUPS)
     assert difference(folder, record) < 1e-5
     assert not record.metadata["failed"]
     assert ("beside the language model" in (record.metadata["left_out"] or "")) == (
@@ -41,7 +43,7 @@ def test_scores_are_divided_only_where_the_configuration_says_so(
     shutil.copytree(shared_checkpoint("makemore_lmj9"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"scale_attn_weights": scaled}))
-    record = streamgauge.measure(folder)
+    record = streamgauge.measure(folder, groups=GROUPS)
     assert difference(folder, record) < 1e-5
     assert not record.metadata["failed"] and "weights/W_OV_frobenius" in record.arrays
 
@@ -91,7 +93,7 @@ def test_a_relatives_adapter_is_found_to_be_one(
             parameter.add_(0.05 * torch.randn(parameter.shape))
     folder = models.save(model, tmp_path)
     monkeypatch.setitem(bridges.RELATIVES, architecture, relative)
-    record = streamgauge.measure(folder)
+    record = streamgauge.measure(folder, groups=GROUPS)
     assert (
         difference(folder, record) < 1e-5
     )  # what runs through transformers' blocks is right still
@@ -135,7 +137,8 @@ def test_a_bridge_that_is_broken_on_purpose_is_found(
         return bridge
 
     monkeypatch.setattr(bridges, "_around", broken)
-    record = streamgauge.measure(models.save(models.random_model(name), tmp_path))
+    folder = models.save(models.random_model(name), tmp_path)
+    record = streamgauge.measure(folder, groups=GROUPS)
     assert "block 1" in record.metadata["failed"]["weights"]
     allowed = other_order(record.array("instrument/gain"), record.metadata["d_model"])
     over = record.array("instrument/bridge_error") > allowed

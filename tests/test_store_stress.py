@@ -1,6 +1,5 @@
-"""The store under stress:
-
-processes at once, kill -9 while writing, a full disk, damaged records, clocks that jump.
+"""The store under stress: processes at once, kill -9 while writing, a full disk, damaged records,
+clocks that jump.
 """
 
 import errno
@@ -103,9 +102,8 @@ def test_a_full_disk_loses_no_measurement(
 
 
 def test_damage_is_noticed_wherever_it_is(folder: Path, tmp_path: Path) -> None:
-    """Cut or overwritten at random:
-
-    the record is refused, or it is what it was; never something else without a word.
+    """Cut or overwritten at random: the record is refused, or it is what it was; never something
+    else without a word.
     """
     from streamgauge.errors import RecordError
 
@@ -135,9 +133,8 @@ def test_damage_is_noticed_wherever_it_is(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_changed_under_the_same_time_are_noticed(folder: Path, tmp_path: Path) -> None:
-    """A clock that jumped back, or a tool that keeps times:
-
-    same path, size and time of change, other weights.
+    """A clock that jumped back, or a tool that keeps times: same path, size and time of change,
+    other weights.
     """
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     store = Store(tmp_path / "store")

@@ -1,6 +1,5 @@
-"""Folders from strangers:
-
-refused in a sentence before anything in them is run, followed or given memory.
+"""Folders from strangers: refused in a sentence before anything in them is run, followed or given
+memory.
 """
 
 import contextlib

@@ -31,9 +31,8 @@ WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine:
-
-    its folder's or repository's name, its folder, its weight files, its revision.
+    """A checkpoint on this machine: its folder's or repository's name, its folder, its weight
+    files, its revision.
     """
 
     name: str
@@ -111,9 +110,8 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all weights are there:
-
-    an interrupted download leaves an index without some of its shards.
+    """Whether all weights are there: an interrupted download leaves an index without some of its
+    shards.
     """
     if (folder / INDEX).is_file():
         return all((folder / shard).is_file() for shard in _shards(folder))
@@ -193,9 +191,8 @@ def _unpickled(folder: Path, converted: Path | None) -> Path:
 
 
 def _pickles(folder: Path) -> list[Path]:
-    """The weights that transformers would open:
-
-    pytorch_model and its parts, or else the only pickle there is.
+    """The weights that transformers would open: pytorch_model and its parts, or else the only
+    pickle there is.
     """
     named = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
     others = sorted(path for path in folder.iterdir() if path.suffix in PICKLED and path.is_file())
@@ -320,9 +317,8 @@ def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def count_elements(checkpoint: Checkpoint) -> int:
-    """How many numbers the files hold, by their headers:
-
-    of packed ones eight to an int32 and four to a byte.
+    """How many numbers the files hold, by their headers: of packed ones eight to an int32 and four
+    to a byte.
     """
     packed = {"I32": 8, "U8": 4, "I8": 4}
     return sum(

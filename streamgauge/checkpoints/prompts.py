@@ -12,9 +12,8 @@ USABLE_SHARE = 0.9  # of a prompt set's characters that must survive encoding an
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The lines of a prompt file (default:
-
-    the project's own 64). Raises PromptError where there are none.
+    """The lines of a prompt file (default: the project's own 64). Raises PromptError where there
+    are none.
     """
     try:
         lines = (path or BUILT_IN).read_text(encoding="utf-8").splitlines()

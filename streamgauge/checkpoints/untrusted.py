@@ -1,6 +1,5 @@
-"""Checkpoints come from strangers:
-
-what is refused before any of it is opened, and before memory is taken for it.
+"""Checkpoints come from strangers: what is refused before any of it is opened, and before memory is
+taken for it.
 """
 
 import json
@@ -23,6 +22,17 @@ COUNTS_NO_PARTS = re.compile(
 LAYERS = re.compile(r"layers?$|depth$")
 EXPERTS = re.compile(r"experts?$")
 MOST_EXPERTS = 4096
+# What transformers' code raises on a stranger's configuration. Memory and files are none of it.
+STRANGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 SPARE_PARAMETERS, SPARE_BYTES = 10**6, 2**31
 
 
@@ -120,7 +130,7 @@ def refuse_sizes(path: Path, make: Any, n_elements: int) -> None:
     try:
         with torch.device("meta"):
             model = make()
-    except Exception:  # whatever is wrong with it is said by the loading that follows
+    except STRANGE:  # what is wrong with it is said by the loading that follows
         return
     wanted = sum(p.numel() for p in model.parameters())
     if wanted > 2 * n_elements + SPARE_PARAMETERS:

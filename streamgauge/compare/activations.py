@@ -54,9 +54,8 @@ def compare_activations(old: Record, new: Record) -> list[Difference]:
 
 
 def _refuse_routers(old: Record, new: Record) -> None:
-    """Raise NotApplicable for a mixture of experts in another dtype:
-
-    a router may choose others for a rounding error.
+    """Raise NotApplicable for a mixture of experts in another dtype: a router may choose others for
+    a rounding error.
     """
     config = old.metadata.get("config") or {}
     experts = [

@@ -68,9 +68,8 @@ def summary(found: list[Difference], listed: int = 3) -> str:
 
 
 def verdict(found: list[Difference]) -> dict[str, Any]:
-    """What a law says of a kind:
-
-    the arguments of `check`, but for the band. value: the largest excess.
+    """What a law says of a kind: the arguments of `check`, but for the band. value: the largest
+    excess.
     """
     details = list(map(str, beyond(found)[:LISTED]))
     value = max(one.excess for one in found)

@@ -77,9 +77,8 @@ def compare_norms(old: Record, new: Record) -> list[Difference]:
 
 
 def _tensor_norms(old: Record, new: Record) -> list[Difference]:
-    """Norms of all tensors of the same shape:
-
-    a bound that sketches, which see a fraction of a small move, do not replace.
+    """Norms of all tensors of the same shape: a bound that sketches, which see a fraction of a
+    small move, do not replace.
     """
     if "sketch/norms" not in old.arrays or "sketch/norms" not in new.arrays:
         return []

@@ -22,9 +22,8 @@ FP32 = UNIT["F32"]
 
 
 def tensor_rounding(old: Record, new: Record) -> dict[str, float]:
-    """Largest relative error of each tensor's numbers that the two dtypes explain:
-
-    one rounding of fp32 where they are one.
+    """Largest relative error of each tensor's numbers that the two dtypes explain: one rounding of
+    fp32 where they are one.
     """
     tables = [
         {row["name"]: row.get("dtype") for row in record.metadata.get("parameters", [])}

@@ -31,9 +31,8 @@ MIXER_NAME = re.compile(
 
 @dataclass
 class Event:
-    """One call of a module:
-
-    its path in the block, what it was given first and what it returned first.
+    """One call of a module: its path in the block, what it was given first and what it returned
+    first.
     """
 
     path: str
@@ -235,9 +234,8 @@ def _filled(anatomy: Anatomy, other: Anatomy) -> Anatomy:
 
 
 def _candidates(events: list[Event], pre: "torch.Tensor") -> list[Event]:
-    """Calls whose output looks like a stream and is not zero, each value once:
-
-    the outermost module's.
+    """Calls whose output looks like a stream and is not zero, each value once: the outermost
+    module's.
     """
     import torch
 

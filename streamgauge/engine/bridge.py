@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamgauge.checkpoints.untrusted import STRANGE
 from streamgauge.engine.anatomy import first
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.mapped import stand_in
@@ -101,7 +102,7 @@ def build_bridge(model: Blockwise) -> Bridge:
         with _no_memory(), model.mapped.without_tables(skeleton):
             bridge = _around(skeleton, name, model.device)
             blocks = list(bridge.blocks)
-    except Exception as error:  # TransformerLens raises anything on models that it does not know
+    except STRANGE as error:  # what TransformerLens raises on models that it does not know
         raise NoBridgeError(
             f"TransformerLens's bridge cannot hold this {type(plain).__name__} "
             f"({type(error).__name__}: {first_line(error)})"

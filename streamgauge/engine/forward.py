@@ -76,9 +76,8 @@ class Meter(Protocol):
     """What a PromptRun reads with: hooks that reduce activations as they come."""
 
     def hooks(self) -> Hooks:
-        """Hook names and functions, as bridge.hooks takes them, anew for each batch:
-
-        batches take turns within a block.
+        """Hook names and functions, as bridge.hooks takes them, anew for each batch: batches take
+        turns within a block.
         """
 
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
+
 from streamgauge.checkpoints.files import (
     Checkpoint,
     count_elements,
     stored_dtypes,
     tensor_names,
 )
-from streamgauge.checkpoints.untrusted import refuse_sizes
+from streamgauge.checkpoints.untrusted import STRANGE, refuse_sizes
 from streamgauge.engine.mapped import Mapped
 from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.names import LAYER, layer_of
@@ -92,7 +94,7 @@ def _configured(checkpoint: Checkpoint) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # a stranger's configuration makes transformers raise anything
+    except (*STRANGE, OSError) as error:
         raise _unsupported(checkpoint, str(error)) from error
     # Matters of form: transformers' own models cannot do without the first, and collect for nothing
     # what the others ask for.
@@ -123,7 +125,7 @@ def _fill(checkpoint: Checkpoint, auto: Any, config: Any, dtype: Any) -> tuple[A
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever transformers makes of a stranger's files
+    except (*STRANGE, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the weights in {checkpoint.folder} do not fit its config.json ({first_line(error)})."
         ) from error

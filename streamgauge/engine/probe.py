@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamgauge.checkpoints.untrusted import STRANGE
 from streamgauge.engine.anatomy import (
     Anatomy,
     Trace,
@@ -61,9 +62,7 @@ def probe(mapped: Mapped, context: int) -> Probe:
     try:
         with watch.watching():
             output = mapped.model(input_ids=watch.seen.ids, **quiet(mapped.model))
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers' own code, on a stranger's configuration
+    except STRANGE as error:
         raise CheckpointError(
             f"transformers cannot run this {type(mapped.model).__name__} "
             f"({type(error).__name__}: {first_line(error)})."

@@ -1,6 +1,5 @@
-"""Rows of token ids for a loaded model:
-
-the prompts in its own tokens, or text that it writes itself.
+"""Rows of token ids for a loaded model: the prompts in its own tokens, or text that it writes
+itself.
 """
 
 from pathlib import Path

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from greenlet import getcurrent, greenlet
-
 from streamgauge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +26,8 @@ def run_together(
     vector by itself. tell: is called with a task's number before the task goes on. Raises
     CheckpointError for tasks that call other maps than the first.
     """
+    from greenlet import getcurrent, greenlet
+
     runs = [greenlet(task) for task in tasks]
 
     def go_on(number: int, *given: Any) -> Any:
@@ -90,4 +90,6 @@ def _answers(multiply: Any, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]
 
 def running() -> Any:
     """The computation that is under way, by which what belongs to it can be kept apart."""
+    from greenlet import getcurrent
+
     return getcurrent()

@@ -6,7 +6,7 @@ import numpy as np
 
 from streamgauge.engine.forward import Found, Lacking, Readings, by_token, note
 from streamgauge.engine.layout import Layout
-from streamgauge.groups.reasons import EXPERTS, lacking, only_said
+from streamgauge.groups.reasons import EXPERTS, NO_ANATOMY, lacking, only_said
 from streamgauge.numerics.rows import Prompts
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class NeuronMeter:
         return arrays, self._absent()
 
     def _absent(self) -> dict[str, str | Lacking]:
-        why = lacking(self.layout, self.layout.with_neurons, EXPERTS)
+        reason = EXPERTS if self.layout.pre_norm else NO_ANATOMY
+        why = lacking(self.layout, self.layout.with_neurons, reason)
         reasons = only_said({"activation_rate": why, "singular_values": why})
         return reasons if self.position else reasons | {"singular_values": ONE_TOKEN}
 

@@ -1,6 +1,5 @@
-"""The `padding` group:
-
-the stream at padding positions behind a text, which models are never trained on.
+"""The `padding` group: the stream at padding positions behind a text, which models are never
+trained on.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -55,10 +54,7 @@ class _Padding:
 
 
 def padding_token(config: Any, vocabulary: int) -> int | None:
-    """The token that texts are padded with:
-
-    the configured one, else end of text, else beginning.
-    """
+    """The token that texts are padded with: the configured one, else end of text, else beginning."""
     text = config.get_text_config()
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         token = getattr(text, name, None)

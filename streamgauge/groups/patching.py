@@ -1,6 +1,5 @@
-"""The `patching` group:
-
-how much of a task each head carries, by TransformerLens's activation patching.
+"""The `patching` group: how much of a task each head carries, by TransformerLens's activation
+patching.
 """
 
 import contextlib

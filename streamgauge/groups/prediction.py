@@ -1,6 +1,5 @@
-"""The `prediction` group:
-
-what the model says of each next token, and whether later tokens reach back.
+"""The `prediction` group: what the model says of each next token, and whether later tokens reach
+back.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,5 @@
-"""The `random_input` group:
-
-what attention's W_OV and the MLP answer to inputs that know nothing of layer or text.
+"""The `random_input` group: what attention's W_OV and the MLP answer to inputs that know nothing of
+layer or text.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,11 @@ NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is
 NO_MLP_INPUT = "no MLP there reads resid_pre or resid_mid"
 NO_LN1 = "no norm of the stream precedes the attention"
 NO_MLP_NORM = "no norm precedes the MLP"
-EXPERTS = "the MLP is not one dense layer into another (a mixture of experts)"
+EXPERTS = (
+    "no MLP there is one dense layer, an activation function and another layer, as in a mixture of "
+    "experts"
+)
+NO_ANATOMY = "blocks do more to the stream than add to it, so their neurons were not looked for"
 NO_LN_FINAL = "no norm reads the last stream before the unembedding does"
 SHORT = "no prompt has two tokens, so there is nothing to predict"
 NOTHING = {

@@ -134,9 +134,8 @@ class _Rounding:
 
 
 class _Noise:
-    """Relative noise on weights:
-
-    a sequence of PERIOD numbers, over and over, from a start that depends on name and draw.
+    """Relative noise on weights: a sequence of PERIOD numbers, over and over, from a start that
+    depends on name and draw.
     """
 
     def __init__(self, draw: int) -> None:

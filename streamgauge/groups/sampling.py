@@ -67,9 +67,8 @@ def enough_prompts(
 
 
 def _width(rates: np.ndarray, numbers: np.ndarray) -> float:
-    """Width of the interval, infinite where it rests on a single prompt:
-
-    its resamples are all the same.
+    """Width of the interval, infinite where it rests on a single prompt: its resamples are all the
+    same.
     """
     if len(np.unique(numbers)) < 2:
         return float("inf")

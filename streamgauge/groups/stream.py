@@ -1,6 +1,5 @@
-"""The `stream` group:
-
-norms of what flows through the residual stream, reduced inside the hooks of one forward pass.
+"""The `stream` group: norms of what flows through the residual stream, reduced inside the hooks of
+one forward pass.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,5 @@
-"""The `sublayer_effect` group:
-
-what the model's predictions lose when one sublayer's output is left out at the end.
+"""The `sublayer_effect` group: what the model's predictions lose when one sublayer's output is left
+out at the end.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,5 @@
-"""The `sublayers` group:
-
-how the two outputs of a parallel block lie to each other, and what rescaled inputs change.
+"""The `sublayers` group: how the two outputs of a parallel block lie to each other, and what
+rescaled inputs change.
 """
 
 from typing import TYPE_CHECKING, Any

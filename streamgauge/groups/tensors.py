@@ -1,6 +1,5 @@
-"""The state of every tensor:
-
-whether its numbers are finite, whether it is dead or another's twin, its norm and its sketch.
+"""The state of every tensor: whether its numbers are finite, whether it is dead or another's twin,
+its norm and its sketch.
 """
 
 from collections import defaultdict

@@ -95,7 +95,7 @@ class WeightsGroup:
         if matrices := self.heads.of(layer):
             found = _attention_norms(matrices, self.heads.attention(layer), self.layout, layer)
         bridge = self.heads.bridge
-        mlp = bridge.part(layer, "mlp") if bridge and layer in self.layout.with_neurons else None
+        mlp = bridge.part(layer, "mlp") if bridge else None
         if mlp is not None and _is_dense(mlp):
             found |= _mlp_norms(mlp, self.layout, layer)
         return found
@@ -170,9 +170,8 @@ def has_qk_norm(attn: Any) -> bool:
 
 
 def _mlp_norms(mlp: Any, layout: Layout, layer: int) -> dict[str, np.ndarray]:
-    """Norms of one layer's MLP:
-
-    its matrices and biases, and without a gate those of their products.
+    """Norms of one layer's MLP: its matrices and biases, and without a gate those of their
+    products.
     """
     multiplier = layout.factor(layer, "mlp")
     gain, bias = (

@@ -55,10 +55,7 @@ class Band:
 
 
 def below(high: float, source: str) -> Band:
-    """What a law that states its own bound allows:
-
-    an error up to a bound that its source derives.
-    """
+    """What a law that states its own bound allows: an error up to a bound that its source derives."""
     return Band(None, float(high), source)
 
 
@@ -68,8 +65,7 @@ def between(low: float, high: float, source: str) -> Band:
 
 
 def default_window(n_layers: int) -> tuple[int, int]:
-    """10% to 85% of the depth, where published models grow steadily:
-
-    neither the first blocks nor the last.
+    """10% to 85% of the depth, where published models grow steadily: neither the first blocks nor
+    the last.
     """
     return math.ceil(0.1 * n_layers), math.floor(0.85 * n_layers)

@@ -97,9 +97,8 @@ def _root(gram: np.ndarray) -> np.ndarray:
 
 
 def random_inputs(n: int, d_model: int, centres: bool, seed: int) -> np.ndarray:
-    """What a norm without gain makes of Gaussian vectors:
-
-    mean 0 and variance 1 (LayerNorm), or unit RMS; (n, d_model).
+    """What a norm without gain makes of Gaussian vectors: mean 0 and variance 1 (LayerNorm), or
+    unit RMS; (n, d_model).
     """
     x = np.random.default_rng(seed).standard_normal((n, d_model))
     x = centre(x) if centres else x

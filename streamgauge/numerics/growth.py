@@ -1,6 +1,5 @@
-"""Growth of norms over layers:
-
-pure functions on arrays (layers, tokens), used by the laws and in notebooks.
+"""Growth of norms over layers: pure functions on arrays (layers, tokens), used by the laws and in
+notebooks.
 """
 
 from dataclasses import dataclass

@@ -32,9 +32,8 @@ def signs(length: int, side: int) -> np.ndarray:
 
 
 def moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Distance of tensors by their sketches, (…,):
-
-    root mean square, which estimates ‖new - old‖_F to about a fifth.
+    """Distance of tensors by their sketches, (…,): root mean square, which estimates ‖new - old‖_F
+    to about a fifth.
     """
     return np.asarray(np.sqrt(((new - old) ** 2).mean(-1)))
 

@@ -1,6 +1,5 @@
-"""Quantiles of Student's t distribution, for laws about a stored record:
-
-scipy's take a fifth of a second to import.
+"""Quantiles of Student's t distribution, for laws about a stored record: scipy's take a fifth of a
+second to import.
 """
 
 import math
@@ -15,9 +14,8 @@ def quantile(level: float, freedom: int) -> float:
 
 
 def _below(angle: float, freedom: int) -> float:
-    """The distribution function at t = √freedom · tan(angle):
-
-    a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    """The distribution function at t = √freedom · tan(angle): a finite sum (Abramowitz and Stegun
+    1964, 26.7.3 and 26.7.4).
     """
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0

@@ -97,9 +97,8 @@ def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
 
 
 def transformer_lens(folder: str) -> dict[str, float]:
-    """TransformerLens's documented way to what `stream` and `weights` hold:
-
-    norms of the stream, of weights and of products.
+    """TransformerLens's documented way to what `stream` and `weights` hold: norms of the stream, of
+    weights and of products.
     """
     import torch
     from transformer_lens.model_bridge import TransformerBridge

@@ -1,6 +1,5 @@
-"""How often theorems fail on sound weights:
-
-random models of all architectures and many scales, widths and depths. Never.
+"""How often theorems fail on sound weights: random models of all architectures and many scales,
+widths and depths. Never.
 """
 
 import collections
