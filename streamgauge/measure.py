@@ -113,7 +113,8 @@ def measure(
     wanted = Wanted(
         horizons,
         tuple(tasks),
-        tuple(name for name in GROUPS if groups is None or name in groups),
+        # Nothing is measured of a model whose forward pass was not seen to agree.
+        tuple(name for name in GROUPS if groups is None or name in ("instrument", *groups)),
         precision,
     )
     return _measure(
@@ -186,6 +187,8 @@ def _measure(
                 rows, reached = enough_prompts(model, layout, rows, wanted.precision, show)
         kept = _kept(known, rows, wanted)
         missing = [name for name in wanted.groups if name not in kept]
+        if missing and "instrument" not in missing:
+            missing = ["instrument", *missing]
         tensors = Tensors(model, with_sketches="sketch" in missing)
         plan = None
         if rows is not None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.engine.accounts import Accounts
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.bridge import Bridge, NoBridgeError, build_bridge
 from streamgauge.engine.clean_runs import CleanRuns
 from streamgauge.engine.forward import Absent, Found, Group, PromptRun
-from streamgauge.engine.heads import Heads
+from streamgauge.engine.heads import MATRICES, Heads
 from streamgauge.engine.layout import Layout
 from streamgauge.engine.memory import give_back
 from streamgauge.groups import (
@@ -182,27 +184,42 @@ def distrusted(plan: Plan, found: dict[str, Found]) -> dict[str, str]:
     """Groups and arrays that rest on a function that is not transformers', each with the reason."""
     if "instrument" not in found:
         return {}
-    arrays, d_model = found["instrument"][0], plan.layout.d_model
-    allowed = other_order(arrays["gain"], d_model)
+    arrays = found["instrument"][0]
+    allowed = other_order(arrays["gain"], plan.layout.d_model)
     reasons: dict[str, str] = {}
-    if (arrays["block_error"] > allowed).any():
-        layer = int((arrays["block_error"] / allowed).argmax())
+    if (layer := _first_beyond(arrays["block_error"], allowed)) is not None:
         why = (
             "streamgauge's walk over the blocks gives something else than transformers' forward "
-            "pass "
-            f"here (block {layer} differs by {arrays['block_error'][layer]:.2g})"
+            f"pass here (block {layer} differs by {arrays['block_error'][layer]:.2g})"
         )
         reasons |= dict.fromkeys(ALL_RUN, why)
-    if plan.bridge is not None and (arrays["bridge_error"] > allowed).any():
-        layer = int((arrays["bridge_error"] > allowed).argmax())
-        batch = plan.model.enter(plan.model.seen.ids)
-        batch.stream = plan.model.seen.streams[layer]
-        with plan.model.held(layer):
-            part = instrument.differing_part(plan.model, plan.bridge, layer, batch)
-        if "differs" not in part:
-            part = f"{part} differs by {arrays['bridge_error'][layer]:.2g}"
+    if plan.bridge is None:
+        return reasons
+    if (layer := _first_beyond(arrays["bridge_error"], allowed)) is not None:
+        part = _what_differs(plan, plan.bridge, layer, float(arrays["bridge_error"][layer]))
         why = f"TransformerLens runs another function than transformers here ({part})"
-        named = [f"sketch/{name}" for name in ("W_Q", "W_K", "W_V", "W_O")]
+        named = [f"sketch/{name}" for name in MATRICES]
         named += [f"random_input/attn_{name}" for name in ("norm", "error", "samples")]
         reasons |= dict.fromkeys(["weights", "patching", *named], why)
     return reasons
+
+
+def _first_beyond(error: np.ndarray, allowed: np.ndarray) -> int | None:
+    """The first layer whose difference is not within what is allowed; NaN never is."""
+    beyond = np.flatnonzero(~(error <= allowed))
+    return int(beyond[0]) if len(beyond) else None
+
+
+def _what_differs(plan: Plan, bridge: Bridge, layer: int, error: float) -> str:
+    """In words: `block 0's attn_out differs by 0.23`."""
+    if layer in bridge.troubles:
+        return f"block {layer} cannot be run: {bridge.troubles[layer]}"
+    model = plan.model
+    batch = model.enter(model.seen.ids)
+    if layer < len(batch.calls):
+        batch.stream = model.seen.streams[layer]
+        with model.held(layer):
+            part = instrument.differing_part(model, bridge, layer, batch)
+        if part is not None:
+            return part
+    return f"block {layer} differs by {error:.2g}"

@@ -269,9 +269,8 @@ class Record:
 
     @property
     def resid(self) -> np.ndarray:
-        """Norms at each block's input and, where it was measured, after the last block:
-
-        (n_layers + 1, n_tokens).
+        """Norms at each block's input and, where it was measured, after the last block, (n_layers
+        + 1, n_tokens).
         """
         last = self.arrays.get("stream/resid_post")
         return self.resid_pre if last is None else np.vstack([self.resid_pre, last[-1:]])

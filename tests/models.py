@@ -222,9 +222,8 @@ def _first(output: Any) -> torch.Tensor:
 def reference_norms(
     model: Any, name: str, ids: torch.Tensor, *, centred: bool
 ) -> dict[str, np.ndarray]:
-    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks:
-
-    (layers, tokens), tokens row by row.
+    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks: (layers,
+    tokens), tokens row by row.
     """
     seen = _reference(model, name, ids)
     n_layers = 1 + max(layer for _, layer in seen)

@@ -230,7 +230,7 @@ def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:
     record = streamgauge.measure(folder, rows=rows, groups=["weights", "stream"])
     assert (
         {name.split("/")[0] for name in record.arrays}
-        == {"stream", "weights"}
+        == {"instrument", "stream", "weights"}
         == set(record.groups)
     )
     whole = streamgauge.measure(folder, rows=rows, known=record)

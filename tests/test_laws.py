@@ -513,7 +513,7 @@ def test_laws_hold_on_a_sound_record(
     # These are about the weights of gpt2 itself, its twelve heads a layer, and the horizon that it
     # is said not to have.
     own = {"attention/ov_growth", "residual/fast_start", "depth/layer_horizon"}
-    own |= {f"attention/circuit_{of}" for of in ("norms", "spectral", "patching")}
+    own |= {f"attention/circuit_{of}" for of in ("norms", "spectral")}
     assert broken == (own if name == "gpt2" else set())
 
 

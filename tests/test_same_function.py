@@ -209,3 +209,39 @@ def test_a_zero_row_of_the_embedding_is_no_fault(
     record = streamgauge.Record.load(stored)
     assert (record.resid_pre[0] == 0).any(), "no prompt has the token"
     assert np.isfinite(record.array("sublayer_effect/attn_share")).all()
+
+
+def test_a_bridge_that_cannot_be_run_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = bridges._around
+
+    def broken(*args: Any) -> Any:
+        bridge = build(*args)
+        bridge.blocks[2].mlp.hook_out.add_hook(lambda x, hook: x[0, 0, 0, 0], is_permanent=True)
+        return bridge
+
+    monkeypatch.setattr(bridges, "_around", broken)
+    folder = models.save(models.random_model("gpt2"), tmp_path)
+    record = streamgauge.measure(folder, groups=GROUPS)
+    assert "block 2 cannot be run: IndexError" in record.metadata["failed"]["weights"]
+    assert record.resid_pre.shape[0] == 3
+
+
+def test_what_is_measured_anew_is_checked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.save(models.random_model("gpt2"), tmp_path)
+    known = streamgauge.measure(folder, groups=GROUPS)
+    assert not known.metadata["failed"]
+    build = bridges._around
+
+    def broken(*args: Any) -> Any:
+        bridge = build(*args)
+        _no_mlp(bridge.blocks[1])
+        return bridge
+
+    monkeypatch.setattr(bridges, "_around", broken)
+    del known.metadata["groups"]["weights"]  # as if an older instrument had measured them
+    record = streamgauge.measure(folder, known=known, groups=["weights"])
+    assert "block 1's mlp_out differs" in record.metadata["failed"]["weights"]

@@ -22,18 +22,17 @@ COUNTS_NO_PARTS = re.compile(
 LAYERS = re.compile(r"layers?$|depth$")
 EXPERTS = re.compile(r"experts?$")
 MOST_EXPERTS = 4096
-# What transformers' code raises on a stranger's configuration. Memory and files are none of it.
-STRANGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 SPARE_PARAMETERS, SPARE_BYTES = 10**6, 2**31
+
+
+def strange(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What transformers' and TransformerLens's code raise on a stranger's configuration: nearly
+    anything, but for what memory and files have to say.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    own = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
+    return (*own, RuntimeError, TypeError, ValueError, StrictDataclassError, *more)
 
 
 def refuse_links(folder: Path) -> None:
@@ -130,7 +129,7 @@ def refuse_sizes(path: Path, make: Any, n_elements: int) -> None:
     try:
         with torch.device("meta"):
             model = make()
-    except STRANGE:  # what is wrong with it is said by the loading that follows
+    except strange():  # what is wrong with it is said by the loading that follows
         return
     wanted = sum(p.numel() for p in model.parameters())
     if wanted > 2 * n_elements + SPARE_PARAMETERS:

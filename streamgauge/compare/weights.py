@@ -1,4 +1,4 @@
-"""Tensors and heads of two records by their sketches: how far each moved, and what it looks like."""
+"""Tensors and heads of two records by their sketches: how far each moved, what it looks like."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

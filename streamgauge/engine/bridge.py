@@ -2,7 +2,7 @@
 
 What is measured runs through transformers' own modules. The bridge is a second skeleton of the same
 model with the same weights; what it says is used only where its blocks compute what transformers'
-compute (`Bridge.differences`).
+compute (`Bridge.compare`).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamgauge.checkpoints.untrusted import STRANGE
+from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.anatomy import first
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.mapped import stand_in
@@ -44,14 +44,13 @@ class NoBridgeError(Exception):
 class Bridge:
     """TransformerLens's bridge around a second skeleton of a model, and how far it can be trusted.
 
-    differences: by layer the largest relative difference of what its block returned from what
-    transformers' returned, given the same stream; filled in while layers are visited.
+    troubles: by layer what its block raised, if it did, when it was compared.
     """
 
     model: Blockwise
     bridge: Any
     blocks: list[Any]
-    differences: dict[int, float] = field(default_factory=dict)
+    troubles: dict[int, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> range:
@@ -70,7 +69,8 @@ class Bridge:
         return getattr(block, name) if name in block.submodules else None
 
     def compare(self, layer: int, batch: Any, expected: "torch.Tensor") -> float:
-        """How far a held block of the bridge is from the plain one: relative, of what it adds.
+        """How far a held block of the bridge is from the plain one: relative, of what it adds; 1
+        where it cannot be run.
 
         batch: with the stream before the block. expected: the plain block's output.
         """
@@ -78,15 +78,17 @@ class Bridge:
 
         args, kwargs = batch.calls[layer]
         given = batch.stream.clone()
-        with torch.no_grad():
-            found = first(self.blocks[layer](given.clone(), *args, **kwargs))
+        try:
+            with torch.no_grad():
+                found = first(self.blocks[layer](given.clone(), *args, **kwargs))
+        except strange() as error:
+            self.troubles[layer] = f"{type(error).__name__}: {first_line(error)}"
+            return 1.0
         norm = torch.linalg.vector_norm
         size = norm((expected - given).double()).clamp_min(1e-300)
         # Of what the block adds: a small sublayer of a large stream would hide in the stream's
         # size.
-        difference = float(norm((found - expected).double()) / size)
-        self.differences[layer] = difference
-        return difference
+        return float(norm((found - expected).double()) / size)
 
 
 def build_bridge(model: Blockwise) -> Bridge:
@@ -102,7 +104,7 @@ def build_bridge(model: Blockwise) -> Bridge:
         with _no_memory(), model.mapped.without_tables(skeleton):
             bridge = _around(skeleton, name, model.device)
             blocks = list(bridge.blocks)
-    except STRANGE as error:  # what TransformerLens raises on models that it does not know
+    except strange() as error:  # what TransformerLens raises on models that it does not know
         raise NoBridgeError(
             f"TransformerLens's bridge cannot hold this {type(plain).__name__} "
             f"({type(error).__name__}: {first_line(error)})"
@@ -120,7 +122,7 @@ def _leave_scores_unscaled(bridged: Bridge) -> None:
     `scale_attn_weights` is false, scores are not divided by √d_head.
     """
     config = bridged.model.mapped.model.config
-    if getattr(config, "scale_attn_weights", True):
+    if config.model_type != "gpt2" or config.scale_attn_weights:
         return
     factor = bridged.bridge.cfg.d_head**0.5
     for block in bridged.blocks:

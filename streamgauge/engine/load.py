@@ -16,7 +16,7 @@ from streamgauge.checkpoints.files import (
     stored_dtypes,
     tensor_names,
 )
-from streamgauge.checkpoints.untrusted import STRANGE, refuse_sizes
+from streamgauge.checkpoints.untrusted import refuse_sizes, strange
 from streamgauge.engine.mapped import Mapped
 from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.names import LAYER, layer_of
@@ -94,7 +94,7 @@ def _configured(checkpoint: Checkpoint) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
-    except (*STRANGE, OSError) as error:
+    except strange(OSError) as error:
         raise _unsupported(checkpoint, str(error)) from error
     # Matters of form: transformers' own models cannot do without the first, and collect for nothing
     # what the others ask for.
@@ -125,7 +125,7 @@ def _fill(checkpoint: Checkpoint, auto: Any, config: Any, dtype: Any) -> tuple[A
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (*STRANGE, OSError, SafetensorError) as error:
+    except strange(OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the weights in {checkpoint.folder} do not fit its config.json ({first_line(error)})."
         ) from error

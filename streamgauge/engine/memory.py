@@ -1,4 +1,4 @@
-"""This process's memory: how much is its own, and when what it has freed goes back to the system."""
+"""This process's memory: how much is its own, and when what is freed goes back to the system."""
 
 import contextlib
 import ctypes

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamgauge.checkpoints.untrusted import STRANGE
+from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.anatomy import (
     Anatomy,
     Trace,
@@ -27,6 +27,7 @@ from streamgauge.numerics.names import block_of
 if TYPE_CHECKING:
     import torch
 
+PLAIN = 2**16  # of the vocabulary, from its beginning, tokens are drawn
 LENGTH = 23  # tokens of each of the two rows: like no size of a head
 
 
@@ -62,7 +63,7 @@ def probe(mapped: Mapped, context: int) -> Probe:
     try:
         with watch.watching():
             output = mapped.model(input_ids=watch.seen.ids, **quiet(mapped.model))
-    except STRANGE as error:
+    except strange() as error:
         raise CheckpointError(
             f"transformers cannot run this {type(mapped.model).__name__} "
             f"({type(error).__name__}: {first_line(error)})."
@@ -90,8 +91,13 @@ class _Watch:
         vocabulary = int(self.model.get_input_embeddings().num_embeddings)
         length = max(2, min(LENGTH, context))
         generator = torch.Generator().manual_seed(0)
-        row = torch.randint(vocabulary, (length,), generator=generator)
-        other = torch.cat([row[: length // 2], (row[length // 2 :] + 1) % vocabulary])
+        # Tokens that stand for an image, a padding or an end may be treated otherwise than text.
+        special = set(_token_ids(self.model.config.to_dict()))
+        plain = [token for token in range(min(vocabulary, PLAIN)) if token not in special]
+        row, other = torch.tensor(plain)[
+            torch.randint(len(plain), (2, length), generator=generator)
+        ]
+        other = torch.cat([row[: length // 2], other[length // 2 :]])
         self.seen = Probe(torch.stack([row, other]).to(mapped.device))
         self.numbers = list(numbers_in(self.model.config.to_dict()))
         self.trace: Trace | None = None
@@ -187,6 +193,15 @@ class _Watch:
 
     def _refuse(self, why: str) -> None:
         raise CheckpointError(f"this {type(self.model).__name__} {why}; it cannot be measured.")
+
+
+def _token_ids(config: dict[Any, Any]) -> Iterator[int]:
+    """The tokens that a configuration names."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _token_ids(value)
+        elif str(name).endswith(("_token_id", "_token_index", "_token_ids")):
+            yield from (n for n in [value] if isinstance(n, int))
 
 
 def _shape(block: Any) -> tuple[tuple[str, str], ...]:

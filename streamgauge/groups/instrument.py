@@ -33,7 +33,6 @@ class InstrumentGroup:
         self.model, self.bridge, self.why = model, bridge, why
         self.batch = model.enter(model.seen.ids)
         self.readings: dict[str, list[float]] = {"block_error": [], "bridge_error": [], "gain": []}
-        self.part: dict[int, str] = {}  # of a layer, what of the bridge's block differs, in words
 
     def visit(self, layer: int) -> None:
         """Take the probe's tokens through a block once more, and through the bridge's."""
@@ -72,8 +71,10 @@ def _norm(x: "torch.Tensor") -> float:
     return max(float(torch.linalg.vector_norm(x.double())), 1e-300)
 
 
-def differing_part(model: Blockwise, bridge: Bridge, layer: int, batch: Any) -> str:
-    """What of a bridge's block differs most, in words: `block 0's attn_out differs by 23%`."""
+def differing_part(model: Blockwise, bridge: Bridge, layer: int, batch: Any) -> str | None:
+    """What of a bridge's block differs first, in words: `block 0's attn_out differs by 0.23`; None
+    where none of its parts does by itself.
+    """
     import torch
 
     seen: dict[str, list[Any]] = {name: [] for name in PARTS}
@@ -97,4 +98,4 @@ def differing_part(model: Blockwise, bridge: Bridge, layer: int, batch: Any) -> 
             difference = _norm(values[1] - values[0]) / _norm(values[0])
             if difference > 1e-3:
                 return f"block {layer}'s {name} differs by {difference:.2g}"
-    return f"block {layer}"
+    return None

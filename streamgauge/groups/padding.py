@@ -21,9 +21,8 @@ NO_ROOM = "the context has no room for padding behind a text"
 
 
 def padding_group(model: Blockwise, layout: Layout, prompts: Prompts) -> Group:
-    """Norms at PADDING padding tokens behind each of TEXTS prompts, cut to one length:
-
-    (n_layers + 1, tokens), no mask.
+    """Norms at PADDING padding tokens behind each of TEXTS prompts, cut to one length: (n_layers
+    + 1, tokens), no mask.
     """
     config = model.mapped.model.config
     token = padding_token(config, model.vocabulary)
@@ -54,7 +53,7 @@ class _Padding:
 
 
 def padding_token(config: Any, vocabulary: int) -> int | None:
-    """The token that texts are padded with: the configured one, else end of text, else beginning."""
+    """The token that texts are padded with: the configured one, end of text, or beginning."""
     text = config.get_text_config()
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         token = getattr(text, name, None)

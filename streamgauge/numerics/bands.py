@@ -55,7 +55,7 @@ class Band:
 
 
 def below(high: float, source: str) -> Band:
-    """What a law that states its own bound allows: an error up to a bound that its source derives."""
+    """What a law that states its own bound allows: an error up to what its source derives."""
     return Band(None, float(high), source)
 
 

@@ -81,9 +81,8 @@ def curvature(norms: np.ndarray, layers: tuple[int, int], level: float) -> tuple
 
 
 def _mean_log(norms: np.ndarray, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The measured layers of a window and their mean log norms:
-
-    NaN where a token is missing from a measured layer.
+    """The measured layers of a window and their mean log norms: NaN where a token is missing from a
+    measured layer.
     """
     first, last = layers
     index = np.arange(first, last + 1)
