@@ -410,7 +410,7 @@ def compare_with(old: Record, folder: Path) -> Verdict:
     except StreamgaugeError as error:
         return Verdict(True, str(error))
     broken = [line for lines in new.integrity.values() for line in lines]
-    if new.metadata["failed"]:
+    if "stream" in new.metadata["failed"]:
         layers = {int(layer) for line in broken for layer in re.findall(r"\.(\d+)\.", line)}
         return Verdict(True, "; ".join(broken), tuple(layers))
     found = {kind: beyond(compared) for kind, compared in differences(old, new).items()}
