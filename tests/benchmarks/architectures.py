@@ -161,8 +161,8 @@ def table(found: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     theorems = {r["model"] for r in rows if r["kind"] == "theorem" and r["outcome"] == "fail"}
     largest = max((one["differs"] for one in measured), default=math.nan)
     said = (
-        f"{len(found)} types and variants: {len(measured)} with a record, {len(whole)} of them with every "
-        f"sublayer, "
+        f"{len(found)} types and variants: {len(measured)} with a record, {len(whole)} of them "
+        "with every sublayer, "
         f"{sum('refused' in one for one in found.values())} refused in one sentence, {len(wrong)} "
         f"that end in a traceback. A theorem fails for {len(theorems)}"
         f"{': ' + ', '.join(sorted(theorems)) if theorems else ''}. Largest difference from plain "
