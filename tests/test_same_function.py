@@ -122,6 +122,24 @@ def _no_mask(block: Any) -> None:
     block.attn.hook_pattern.add_hook(lambda x, hook: x.flip(-1), is_permanent=True)
 
 
+def _first_number_only(block: Any) -> None:
+    block.mlp.hook_out.add_hook(lambda x, hook: x[0, 0, 0, 0], is_permanent=True)
+
+
+def _break_bridges(
+    monkeypatch: pytest.MonkeyPatch, break_it: Callable[[Any], None], *, layer: int
+) -> None:
+    """Let every bridge that is built have a block that was tampered with."""
+    build = bridges._around
+
+    def broken(*args: Any) -> Any:
+        bridge = build(*args)
+        break_it(bridge.blocks[layer])
+        return bridge
+
+    monkeypatch.setattr(bridges, "_around", broken)
+
+
 @pytest.mark.parametrize(
     "break_it", [_scaled_values, _no_mlp, _heads_exchanged, _other_epsilon, _no_mask]
 )
@@ -129,14 +147,7 @@ def _no_mask(block: Any) -> None:
 def test_a_bridge_that_is_broken_on_purpose_is_found(
     name: str, break_it: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = bridges._around
-
-    def broken(*args: Any) -> Any:
-        bridge = build(*args)
-        break_it(bridge.blocks[1])
-        return bridge
-
-    monkeypatch.setattr(bridges, "_around", broken)
+    _break_bridges(monkeypatch, break_it, layer=1)
     folder = models.save(models.random_model(name), tmp_path)
     record = streamgauge.measure(folder, groups=GROUPS)
     assert "block 1" in record.metadata["failed"]["weights"]
@@ -148,14 +159,7 @@ def test_a_bridge_that_is_broken_on_purpose_is_found(
 def test_what_cannot_be_trusted_is_said_to_be_unmeasured(
     audit: Callable[..., Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = bridges._around
-
-    def broken(*args: Any) -> Any:
-        bridge = build(*args)
-        _no_mlp(bridge.blocks[0])
-        return bridge
-
-    monkeypatch.setattr(bridges, "_around", broken)
+    _break_bridges(monkeypatch, _no_mlp, layer=0)
     found = audit("--model", models.save(models.random_model("gpt2"), tmp_path / "model"))
     assert found.row("instrument/same_function")["outcome"] == "fail"
     row = found.row("attention/amplification_bound")
@@ -214,14 +218,7 @@ def test_a_zero_row_of_the_embedding_is_no_fault(
 def test_a_bridge_that_cannot_be_run_is_said_to_be_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = bridges._around
-
-    def broken(*args: Any) -> Any:
-        bridge = build(*args)
-        bridge.blocks[2].mlp.hook_out.add_hook(lambda x, hook: x[0, 0, 0, 0], is_permanent=True)
-        return bridge
-
-    monkeypatch.setattr(bridges, "_around", broken)
+    _break_bridges(monkeypatch, _first_number_only, layer=2)
     folder = models.save(models.random_model("gpt2"), tmp_path)
     record = streamgauge.measure(folder, groups=GROUPS)
     assert "block 2 cannot be run: IndexError" in record.metadata["failed"]["weights"]
@@ -234,14 +231,7 @@ def test_what_is_measured_anew_is_checked_anew(
     folder = models.save(models.random_model("gpt2"), tmp_path)
     known = streamgauge.measure(folder, groups=GROUPS)
     assert not known.metadata["failed"]
-    build = bridges._around
-
-    def broken(*args: Any) -> Any:
-        bridge = build(*args)
-        _no_mlp(bridge.blocks[1])
-        return bridge
-
-    monkeypatch.setattr(bridges, "_around", broken)
+    _break_bridges(monkeypatch, _no_mlp, layer=1)
     del known.metadata["groups"]["weights"]  # as if an older instrument had measured them
     record = streamgauge.measure(folder, known=known, groups=["weights"])
     assert "block 1's mlp_out differs" in record.metadata["failed"]["weights"]

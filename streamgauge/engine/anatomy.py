@@ -8,6 +8,7 @@ only tell mixers, which carry information between tokens, from MLPs.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ class Term:
 
     kind: `attn` for mixers, `mlp`, or `other` for what is neither. path: the module's, in the
     block. factor: what its output is multiplied by. chain: paths of the modules from the norm that
-    it reads
-    through (not included) to itself: one for a plain MLP, two with a norm behind it. behind: those
-    of the chain that come after the sublayer itself, and plain whether they are norms all of them.
+    it reads through (not included) to itself: one for a plain MLP, two with a norm behind it.
+    behind: those of the chain that come after the sublayer itself, and plain whether they are norms
+    all of them.
     source: the path of the norm, None where it reads the stream as it is. mutated: whether the
     block changes the module's output in place later.
     """
@@ -84,15 +85,14 @@ class Anatomy:
 
     terms: in the order in which the block calls them. scale: 0 in nearly all architectures. reads:
     what the MLPs read, through their norm: `mid`, resid_pre + attn_out; `pre`, resid_pre; or
-    `other`. error: what is left of the sum, relative. mutates: whether the block changes the stream
-    that it is given in place. neurons: of its one MLP, None where that is no dense one.
-    ln1_reads_pre: whether the norm before the mixers reads resid_pre itself.
+    `other`. mutates: whether the block changes the stream that it is given in place. neurons: of
+    its one MLP, None where that is no dense one. ln1_reads_pre: whether the norm before the mixers
+    reads resid_pre itself.
     """
 
     terms: tuple[Term, ...]
     scale: float = 0.0
     reads: str = "other"
-    error: float = 0.0
     mutates: bool = False
     neurons: Neurons | None = None
     ln1_reads_pre: bool = False
@@ -191,7 +191,7 @@ def dissect(
         found = _solve([e for e in candidates if e.path.count(".") < depth], pre, post)
         if found is None:
             continue
-        chosen, factors, scale, error = found
+        chosen, factors, scale = found
         terms = tuple(
             _term(event, _snapped(factor, numbers), trace.events)
             for event, factor in zip(chosen, factors, strict=True)
@@ -199,12 +199,12 @@ def dissect(
         scale = _snapped(1 + scale, numbers) - 1 if scale else 0.0
         reads, neurons = _reads(terms, trace.events, pre), _neurons(terms, trace.events)
         ln1 = [t for t in terms if t.kind == "attn" and _read(t, trace.events, pre) == "pre"]
-        anatomy = Anatomy(terms, scale, reads, error, mutates, neurons, bool(ln1))
+        anatomy = Anatomy(terms, scale, reads, mutates, neurons, bool(ln1))
         if scale != -1:
             return anatomy
         # Nothing of the stream itself is left: a module that adds it hides what it adds, or the
-        # block
-        # puts another stream in its place (RWKV's first normalises the embedding) and adds to that.
+        # block puts another stream in its place (RWKV's first normalises the embedding) and adds
+        # to that.
         whole = any(torch.equal(e.returned.reshape(-1), post.reshape(-1)) for e in chosen)
         if not whole and {"attn", "mlp"} <= {term.kind for term in terms}:
             instead = instead or anatomy
@@ -230,7 +230,7 @@ def _filled(anatomy: Anatomy, other: Anatomy) -> Anatomy:
     if len(own) == len(other.terms) or not own.keys() <= {term.path for term in other.terms}:
         return anatomy
     terms = tuple(own.get(term.path, term) for term in other.terms)
-    return replace(other, terms=terms, scale=anatomy.scale, error=anatomy.error)
+    return replace(other, terms=terms, scale=anatomy.scale)
 
 
 def _candidates(events: list[Event], pre: "torch.Tensor") -> list[Event]:
@@ -239,13 +239,10 @@ def _candidates(events: list[Event], pre: "torch.Tensor") -> list[Event]:
     """
     import torch
 
-    calls: dict[str, int] = {}
-    for event in events:
-        calls[event.path] = calls.get(event.path, 0) + 1
     chosen: list[Event] = []
-    for event in sorted(events, key=lambda e: e.path.count(".")):
+    for event in sorted(_called_once(events), key=lambda e: e.path.count(".")):
         like = event.returned.numel() == pre.numel() and event.returned.shape[-1] == pre.shape[-1]
-        if not like or calls[event.path] > 1 or not bool(event.returned.any()):
+        if not like or not bool(event.returned.any()):
             continue
         if not any(torch.equal(event.returned.reshape(-1), e.returned.reshape(-1)) for e in chosen):
             chosen.append(event)
@@ -258,6 +255,12 @@ def closed(terms: int) -> float:
     multiplied and added in fp32, and so are the stream before and what is left.
     """
     return 2 * (terms + 1) * UNIT
+
+
+def _called_once(events: list[Event]) -> list[Event]:
+    """The calls of modules that a block calls no more than once."""
+    calls = Counter(event.path for event in events)
+    return [event for event in events if calls[event.path] == 1]
 
 
 class _Sums:
@@ -301,9 +304,9 @@ class _Sums:
 
 def _solve(
     candidates: list[Event], pre: "torch.Tensor", post: "torch.Tensor"
-) -> tuple[list[Event], list[float], float, float] | None:
+) -> tuple[list[Event], list[float], float] | None:
     """The fewest outputs, with factors, that add up to what the block adds; then the stream's own
-    factor, and what is left.
+    factor.
     """
     sums, chosen, with_x = _Sums(candidates, pre, post), list(candidates), bool(pre.any())
     if not sums.closes(chosen, with_x):
@@ -314,9 +317,9 @@ def _solve(
         fewer = [e for e in chosen if e is not event]
         if sums.closes(fewer, with_x):
             chosen = fewer
-    factors, error = sums.fit(chosen, with_x)
+    factors, _ = sums.fit(chosen, with_x)
     scale = float(factors[-1]) if with_x else 0.0
-    return chosen, [float(f) for f in factors[: len(chosen)]], scale, error
+    return chosen, [float(f) for f in factors[: len(chosen)]], scale
 
 
 def _snapped(factor: float, numbers: Sequence[float]) -> float:
@@ -437,10 +440,7 @@ def _neurons(terms: tuple[Term, ...], events: list[Event]) -> Neurons | None:
     mlps = [term for term in terms if term.kind == "mlp"]
     if len(mlps) != 1:
         return None
-    calls: dict[str, int] = {}
-    for event in events:
-        calls[event.path] = calls.get(event.path, 0) + 1
-    by_path = {event.path: event for event in events if calls[event.path] == 1}
+    by_path = {event.path: event for event in _called_once(events)}
     chain = [
         path for path in mlps[0].chain if path in by_path and not is_norm(by_path[path].module)
     ]

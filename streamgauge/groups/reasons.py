@@ -5,7 +5,7 @@ from streamgauge.engine.layout import Layout
 
 POST_NORM = "blocks do more to the stream than add to it, as post-norm blocks do"
 SCALED = "blocks multiply the stream, so what sublayers add does not stay in it as it was"
-NO_MID = "attention and MLP of a parallel block both read resid_pre, so there is no resid_mid"
+NO_MID = "no MLP there reads resid_pre with what mixers added, as none does in a parallel block"
 NO_MLP_INPUT = "no MLP there reads resid_pre or resid_mid"
 NO_LN1 = "no norm of the stream precedes the attention"
 NO_MLP_NORM = "no norm precedes the MLP"

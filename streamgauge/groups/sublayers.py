@@ -16,7 +16,10 @@ from streamgauge.numerics.rows import Prompts
 if TYPE_CHECKING:
     import torch
 
-SEQUENTIAL = "mid_dot_mlp holds it: the MLP of a sequential block reads what attention has written"
+SEQUENTIAL = (
+    "no mixer and MLP there both read resid_pre; where the MLP reads resid_mid, mid_dot_mlp "
+    "holds it"
+)
 SCALE_BLIND = ("attn_scale_error", "mlp_scale_error", "largest_shift")
 DRAWS, TOKENS = 4, 16
 # Norms' inputs are brought to this root mean square, which takes their epsilon out of play.
