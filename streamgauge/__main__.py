@@ -53,7 +53,21 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_laws)
 
-    measuring = commands.add_parser("measure", help="measure a checkpoint and write its record")
+    instrument = argparse.ArgumentParser(add_help=False)  # for every command that measures
+    instrument.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, instead of the built-in set",
+    )
+    instrument.add_argument(
+        "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
+    )
+    instrument.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+    measuring = commands.add_parser(
+        "measure", parents=[instrument], help="measure a checkpoint and write its record"
+    )
     measuring.add_argument("model", help="a folder, a catalogued name or a hub repository")
     measuring.add_argument(
         "-o",
@@ -65,12 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     measuring.add_argument("--revision", help="a branch, tag or commit of a hub repository")
     measuring.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one prompt a line, instead of the built-in set",
-    )
-    measuring.add_argument(
         "--horizons",
         choices=["default", "all"],
         default="default",
@@ -81,32 +89,19 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="WIDTH",
         help="only as many prompts as it takes until the growth rate's 95%% interval is "
-        " "
         "narrower than this",
     )
-    measuring.add_argument(
-        "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
-    )
-    measuring.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     measuring.set_defaults(run=_measure)
 
     comparing = commands.add_parser(
-        "diff", help="compare two checkpoints or records: what moved, where and by how much"
+        "diff",
+        parents=[instrument],
+        help="compare two checkpoints or records: what moved, where and by how much",
     )
     comparing.add_argument(
         "old", help="a folder, a catalogued name, a hub repository, or a record FILE.safetensors"
     )
     comparing.add_argument("new", help="likewise")
-    comparing.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one prompt a line, instead of the built-in set",
-    )
-    comparing.add_argument(
-        "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
-    )
-    comparing.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     comparing.add_argument(
         "--store",
         type=Path,
