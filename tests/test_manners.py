@@ -50,7 +50,9 @@ def test_a_cause_that_hits_all_laws_is_said_once(audit: Auditing, tmp_path: Path
     assert found.exit == 1
     assert sum(row["outcome"] == "error" for row in found.rows) > 20
     # With the law that reports it, with the first that it keeps from being measured, in the list.
-    assert found.output.count("transformer.h.1.mlp.c_fc.weight: 1 of") <= 4
+    # pytest's own summary says it once more of each failure, in CI at full length.
+    ours, _ = found.output.split("short test summary info")
+    assert ours.count("transformer.h.1.mlp.c_fc.weight: 1 of") == 3
     assert "not measured for the same reason" in found.output
     summary = (tmp_path / "report" / "summary.md").read_text()
     assert summary.count("not finite") <= 2 and len(summary.splitlines()) < 40

@@ -1,0 +1,381 @@
+"""Mutation testing: is a fault put into streamgauge's own code found by its tests?
+
+`python -m tests.benchmarks.mutants FOLDER` draws places of the code by a seed, lets cosmic-ray
+change one at a time in a clone of the last commit, and runs the tests that reach the changed line,
+quickest first, until one fails. About two hours for 180 mutants on two cores. FOLDER keeps which
+test reaches which line, and every result as it is had: the same command goes on where it was
+interrupted. Writes docs/mutants.md.
+
+A place is an operator, comparison, number, boolean, loop, decorator or handler; which of
+cosmic-ray's changes it gets is drawn too. Annotations are left out: nothing runs them.
+"""
+
+import argparse
+import ast
+import difflib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from tests.conftest import ROOT, SHARED
+
+# Places drawn in each room. streamgauge/ is as large as the other three together.
+ROOMS = {"invariants": 40, "streamgauge": 80, "fixtures": 35, "reports": 35}
+TABLE = ROOT / "docs" / "mutants.md"
+WORDS = Path(__file__).with_name("mutants.toml")
+COVERAGE = """[run]
+branch = false
+parallel = true
+concurrency = thread, greenlet
+patch = subprocess
+context = ${STREAMGAUGE_TEST-}
+source = {rooms}
+data_file = {data}
+"""
+HEAD = """# Which faults in streamgauge's own code its tests find
+
+{drawn} places of the code, drawn with seed {seed}, each changed once by cosmic-ray {version} in a
+clone; the tests that reach the changed line are run until one fails. *Survived* is what no test
+noticed. *Equivalent* changes cannot be seen from outside, by hand; they count as survivors here.
+
+Made by `python -m tests.benchmarks.mutants`.
+
+"""
+
+
+# ---- As a pytest plugin, in the run that finds out which test reaches which line
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Say to coverage, here and in processes started by the test, which test it is."""
+    import coverage
+
+    os.environ["STREAMGAUGE_TEST"] = nodeid
+    current = coverage.Coverage.current()
+    if current is not None:
+        current.switch_context(nodeid)
+
+
+def pytest_unconfigure() -> None:
+    """xdist ends its workers before coverage would write by itself."""
+    import coverage
+
+    current = coverage.Coverage.current()
+    if current is not None:
+        current.save()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Note how long each test took, its fixtures included."""
+    seconds: dict[str, float] = defaultdict(float)
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if hasattr(report, "duration") and hasattr(report, "nodeid"):
+            seconds[report.nodeid] += report.duration
+    Path(os.environ["STREAMGAUGE_SECONDS"]).write_text(json.dumps(seconds))
+
+
+# ---- Clones, and which test reaches which line
+
+
+def clone(folder: Path) -> Path:
+    """The last commit in a folder of its own, with what lies beside the clone beside it."""
+    commit = git("rev-parse", "HEAD")
+    if not folder.is_dir():
+        git("worktree", "prune")
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+        beside = folder.parent / SHARED.name
+        if SHARED.is_dir() and not beside.exists():
+            beside.symlink_to(SHARED)
+    subprocess.run(["git", "-C", folder, "fetch", "-q"], check=True)
+    subprocess.run(["git", "-C", folder, "reset", "-q", "--hard", commit], check=True)
+    return folder
+
+
+def git(*arguments: str) -> str:
+    """What git prints in this repository."""
+    done = subprocess.run(
+        ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def environment(house: Path) -> dict[str, str]:
+    """The clone's code is imported, and never from a compiled file that is older than a change."""
+    own = {"PYTHONPATH": str(house), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | own | {"CI": "true"}
+
+
+def reached(folder: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, float]]:
+    """Tests by file and line, and their seconds; the whole suite has to pass on unchanged code."""
+    import coverage
+
+    data, seconds = folder / "reached" / "coverage", folder / "reached" / "seconds.json"
+    house = clone(folder / "unchanged")
+    if not data.is_file():
+        data.parent.mkdir(exist_ok=True)
+        settings = data.with_suffix(".ini")
+        rooms = ", ".join(str(house / room) for room in ROOMS)
+        settings.write_text(COVERAGE.replace("{rooms}", rooms).replace("{data}", str(data)))
+        command = [sys.executable, "-m", "coverage", "run", "--rcfile", settings, "-m", "pytest"]
+        plugin = ["-p", "tests.benchmarks.mutants", "-p", "no:cacheprovider", "-q", "-n", "2"]
+        subprocess.run(
+            [*command, *plugin, "tests", "--ignore", "tests/benchmarks"],
+            cwd=house,
+            env=environment(house) | {"STREAMGAUGE_SECONDS": str(seconds)},
+            check=True,
+        )
+        combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile", settings]
+        subprocess.run(combine, cwd=house, check=True)
+    found = coverage.CoverageData(str(data))
+    found.read()
+    tests: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for file in found.measured_files():
+        for line, contexts in found.contexts_by_lineno(file).items():
+            # "|" stands between what a process was started for and the test that it runs itself.
+            names = {name for context in contexts for name in context.split("|")}
+            tests[str(Path(file).relative_to(house)), line] |= {n for n in names if "::" in n}
+    return tests, json.loads(seconds.read_text())
+
+
+def covering(path: Path, line: int, told: tuple[Any, dict[str, float]]) -> list[str]:
+    """Tests that run a line, quickest first.
+
+    What runs when its file is imported was run before any test: all tests, those that reach the
+    file first.
+    """
+    tests, seconds = told
+    name = str(path.relative_to(ROOT))
+    lines, once = statement(ast.parse(path.read_text()), line)
+    if not once:
+        found = set().union(*(tests.get((name, number), set()) for number in lines))
+        return sorted(found, key=lambda test: seconds.get(test, 0))
+    near = set().union(*(found for (file, _), found in tests.items() if file == name))
+    return sorted(seconds, key=lambda test: (test not in near, seconds[test]))
+
+
+def statement(tree: ast.AST, line: int) -> tuple[range, bool]:
+    """Lines of the innermost statement that a line is of (of a compound one, those of its head),
+    and whether it runs once, when its file is imported.
+    """
+    lines, once, inside = range(line, line + 1), True, tree
+    while True:
+        within = [
+            child
+            for child in statements(inside)
+            if first(child) <= line <= (child.end_lineno or child.lineno)
+        ]
+        if not within:
+            return lines, once
+        (inside,) = within[:1]
+        body = getattr(inside, "body", None)
+        end = first(body[0]) if body else (inside.end_lineno or inside.lineno) + 1
+        if line >= end and isinstance(inside, ast.FunctionDef):
+            once = False
+        lines = range(first(inside), end)
+
+
+def statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Statements directly below a node, those of handlers and other branches too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child
+        elif isinstance(child, ast.ExceptHandler | ast.match_case):
+            yield from statements(child)
+
+
+def first(node: ast.stmt) -> int:
+    """Where a statement starts, its decorators included."""
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+
+
+# ---- Drawing places
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: cosmic-ray's name for it, and which of the places it fits in the file."""
+
+    room: str
+    path: str
+    line: int
+    operator: str
+    occurrence: int
+
+    @property
+    def name(self) -> str:
+        """What it is told by, also after an interruption."""
+        return f"{self.path}:{self.line}:{self.operator}:{self.occurrence}"
+
+
+def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """First and last position of each annotation."""
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            found = getattr(node, name, None)
+            if isinstance(found, ast.expr):
+                end = found.end_lineno or 0, found.end_col_offset or 0
+                yield (found.lineno, found.col_offset), end
+
+
+def places(room: str) -> list[list[Mutant]]:
+    """The changes that each place of a room can get, place by place."""
+    from cosmic_ray.commands import init
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    found: dict[Any, list[Mutant]] = defaultdict(list)
+    files = [path.relative_to(ROOT) for path in sorted((ROOT / room).rglob("*.py"))]
+    with use_db(":memory:", WorkDB.Mode.create) as work:
+        init(files, work, {})
+        items = [item.mutations[0] for item in work.work_items]
+    silent = {str(file): list(annotations(ast.parse((ROOT / file).read_text()))) for file in files}
+    for item in sorted(items, key=lambda i: (i.module_path, i.operator_name, i.occurrence)):
+        path = str(item.module_path)
+        if any(start <= tuple(item.start_pos) < end for start, end in silent[path]):
+            continue
+        mutant = Mutant(room, path, item.start_pos[0], item.operator_name, item.occurrence)
+        found[path, tuple(item.start_pos), tuple(item.end_pos)].append(mutant)
+    return list(found.values())
+
+
+def drawn(seed: int) -> list[Mutant]:
+    """As many places of each room as ROOMS says, and a change for each."""
+    dice = random.Random(seed)
+    chosen = []
+    for room, number in ROOMS.items():
+        for place in dice.sample(places(room), number):
+            chosen.append(dice.choice(place))
+    return chosen
+
+
+# ---- Trying one
+
+
+def attempt(mutant: Mutant, house: Path, tests: list[str], seconds: float) -> dict[str, Any]:
+    """Change the clone, run the tests, put the clone back."""
+    from cosmic_ray.mutating import use_mutation
+    from cosmic_ray.plugins import get_operator
+
+    operator = get_operator(mutant.operator)()
+    with use_mutation(house / mutant.path, operator, mutant.occurrence) as (before, after):
+        changed = [
+            line
+            for line in difflib.unified_diff(before.split("\n"), after.split("\n"), n=0)
+            if line[0] in "+-" and line[:3] not in ("+++", "---")
+        ]
+        killer = run(house, tests, seconds) if tests else None
+    return {"changed": changed, "killer": killer, "tests": len(tests)}
+
+
+def run(house: Path, tests: list[str], seconds: float) -> str | None:
+    """The first test that fails, or None where all pass."""
+    names = house.with_suffix(".txt")
+    names.write_text("\n".join(tests))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"@{names}"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=house,
+            env=environment(house),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120 + 5 * seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else f"pytest: exit {done.returncode}"
+
+
+def work(
+    house: Path, waiting: "SimpleQueue[Mutant]", known: dict[str, Any], results: Path, told: Any
+) -> None:
+    """Try mutants until none waits."""
+    while True:
+        try:
+            mutant = waiting.get_nowait()
+        except Empty:
+            return
+        tests = covering(ROOT / mutant.path, mutant.line, told)
+        start = time.monotonic()
+        found = attempt(mutant, house, tests, sum(told[1].get(test, 0) for test in tests))
+        row = asdict(mutant) | found | {"seconds": round(time.monotonic() - start, 1)}
+        known[mutant.name] = row
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row["killer"] or f"SURVIVED {mutant.name} {row['changed']}", flush=True)
+
+
+# ---- The page
+
+
+def page(seed: int, rows: list[dict[str, Any]]) -> str:
+    """docs/mutants.md."""
+    from importlib.metadata import version
+
+    words = tomllib.loads(WORDS.read_text())
+    text = HEAD.format(drawn=len(rows), seed=seed, version=version("cosmic-ray"))
+    text += "| room | changes | found | of them |\n|---|---|---|---|\n"
+    for room in [*ROOMS, "all"]:
+        own = [row for row in rows if room in (row["room"], "all")]
+        killed = sum(row["killer"] is not None for row in own)
+        text += f"| {room} | {len(own)} | {killed} | {killed / len(own):.0%} |\n"
+    text += "\n## Survivors\n\n"
+    for row in rows:
+        if row["killer"] is None:
+            name = f"{row['path']}:{row['line']}"
+            text += f"- `{name}` {words.get(changed(row), 'not looked at')}\n\n"
+            text += "".join(f"      {line}\n" for line in row["changed"]) + "\n"
+    return text
+
+
+def changed(row: dict[str, Any]) -> str:
+    """What a word about a survivor is kept under: the changed line itself."""
+    return "\n".join(line[1:].strip() for line in row["changed"] if line.startswith("+"))
+
+
+def main() -> None:
+    """Draw, try what has not been tried, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where clones, coverage and results are kept")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    told = reached(folder)
+    results = folder / f"results-{git('rev-parse', 'HEAD')}-{options.seed}.jsonl"
+    lines = results.read_text().splitlines() if results.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    known = {Mutant(**{k: row[k] for k in Mutant.__annotations__}).name: row for row in rows}
+    mutants, waiting = drawn(options.seed), SimpleQueue()
+    for mutant in mutants:
+        if mutant.name not in known:
+            waiting.put(mutant)
+    houses = [clone(folder / f"changed{index}") for index in range(2)]
+    threads = [
+        threading.Thread(target=work, args=(house, waiting, known, results, told))
+        for house in houses
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    TABLE.write_text(page(options.seed, [known[mutant.name] for mutant in mutants]))
+
+
+if __name__ == "__main__":
+    main()
