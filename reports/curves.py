@@ -46,6 +46,12 @@ def text_tokens(arrays: Arrays) -> np.ndarray:
     return text
 
 
+def first_tokens(arrays: Arrays) -> np.ndarray:
+    """Which tokens are at position 0."""
+    first: np.ndarray = arrays["stream/position"] == 0
+    return first
+
+
 def resid(arrays: Arrays) -> np.ndarray | None:
     """The stream at each block's input and after the last, (n_layers + 1, tokens), where it was
     measured.

@@ -23,6 +23,7 @@ from .curves import (
     Row,
     by_layer,
     figure,
+    first_tokens,
     line,
     numbers,
     over_tokens,
@@ -77,11 +78,11 @@ def _stream(arrays: Arrays, rows: Rows) -> Figure | None:
     norms = resid(arrays)
     if norms is None:
         return None
-    text, growth = text_tokens(arrays), rows.get(GROWTH)
+    text, first, growth = text_tokens(arrays), first_tokens(arrays), rows.get(GROWTH)
     data = over_tokens(norms[:, text], BLUE, "rgba(31,119,180,0.25)")
-    if not text.all():
+    if first.any():
         data.append(
-            by_layer(quantiles(norms[:, ~text])[1], "position 0", RED, line={"dash": "dot"})
+            by_layer(quantiles(norms[:, first])[1], "position 0", RED, line={"dash": "dot"})
         )
     if "padding/resid" in arrays:
         data.append(
@@ -164,12 +165,12 @@ def _factors(arrays: Arrays, rows: Rows) -> Figure | None:
     norms = resid(arrays)
     if norms is None:
         return None
-    text, growth = text_tokens(arrays), _claimed(rows, GROWTH)
+    text, first, growth = text_tokens(arrays), first_tokens(arrays), _claimed(rows, GROWTH)
     layers, rates = _steps(quantiles(norms[:, text])[1])
     data = [line(layers, rates, "median token", BLUE)]
-    if not text.all():
+    if first.any():
         data.append(
-            line(*_steps(quantiles(norms[:, ~text])[1]), "position 0", RED, line={"dash": "dot"})
+            line(*_steps(quantiles(norms[:, first])[1]), "position 0", RED, line={"dash": "dot"})
         )
     read = "Norm after a layer over norm before it; 1 is no growth. Dashed: the band."
     made = figure(
@@ -181,12 +182,12 @@ def _factors(arrays: Arrays, rows: Rows) -> Figure | None:
         row=rows.get(GROWTH),
     )
     if growth:
-        first, last = growth["layers"]
-        inside = rates[(layers >= first) & (layers <= last)]
+        start, end = growth["layers"]
+        inside = rates[(layers >= start) & (layers <= end)]
         made["layout"]["yaxis"]["range"] = (
             [min(0.9, *inside) - 0.02, max(1.1, *inside) + 0.05] if len(inside) else None
         )
-        across = {"type": "line", "xref": "x", "x0": first, "x1": last, "line": DASHED}
+        across = {"type": "line", "xref": "x", "x0": start, "x1": end, "line": DASHED}
         made["layout"]["shapes"] += [
             across | {"y0": rate, "y1": rate} for rate in growth["band"] if rate is not None
         ]
@@ -236,14 +237,17 @@ def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
     rate = (median[min(last, len(pre) - 1)] / median[first]) ** (
         1 / max(1, min(last, len(pre) - 1) - first)
     )
-    scale = np.sqrt(_width(arrays)) * rate ** np.arange(1, len(pre) + 1)
+    # A record without the gains does not tell d_model, and norms are drawn as they are.
+    gain = arrays.get("weights/ln1_gain")
+    what, width = ("norm", 1) if gain is None else ("standard deviation", gain.shape[1])
+    scale = np.sqrt(width) * rate ** np.arange(1, len(pre) + 1)
     low, high, measured = (np.median(x, axis=1) / scale for x in (uncorrelated, aligned, post))
     data = spread(
         low, high, "from uncorrelated to fully correlated", "rgba(148,103,189,0.25)", start=1
     )
     data.append(line(np.arange(1, len(pre) + 1), measured, "measured", BLUE))
     read = (
-        f"Standard deviation of the stream behind each block, divided by {rate:.4f} to the "
+        f"{what.capitalize()} of the stream behind each block, divided by {rate:.4f} to the "
         "layer. The region runs from where "
         "the block's outputs would bring it uncorrelated with the stream to where they would if "
         "they lay along it."
@@ -253,15 +257,10 @@ def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
         data,
         read,
         ["sublayers/alignment"],
-        y="standard deviation / rate^layer",
+        y=f"{what} / rate^layer",
         row=growth,
         log=True,
     )
-
-
-def _width(arrays: Arrays) -> int:
-    gain = arrays.get("weights/ln1_gain")
-    return 1 if gain is None else gain.shape[1]
 
 
 def _heads(arrays: Arrays, rows: Rows) -> Figure | None:

@@ -197,6 +197,44 @@ def _depth(n_layers: int) -> dict[str, np.ndarray]:
     } | {f"sublayer_effect/{name}": values for name, values in effects.items()}
 
 
+SMALL = {  # arrays of theorems: rounding, more or less
+    "stream/additivity_error": 1e-8,
+    "stream/ln1_residual": 1e-8,
+    "instrument/block_error": 1e-8,
+    "instrument/bridge_error": 1e-8,
+    "instrument/logits_error": 1e-7,
+    "prediction/later_changes": 1e-7,
+    "prediction/row_sum_error": 1e-8,
+    "prediction/future_weight": 1e-9,
+    "sublayers/attn_scale_error": 1e-7,
+    "sublayers/mlp_scale_error": 1e-7,
+    "sublayer_effect/attn_share": 0.5,
+    "sublayer_effect/mlp_share": 0.5,
+}
+
+
+def made_up(n_layers: int, seed: int = 7) -> Record:
+    """Every number off by a factor of its own, a padding token, a growing stream all the same."""
+    sound, dice = sound_record(1.3, n_layers=n_layers), np.random.default_rng(seed)
+    arrays = {}
+    for name, values in sorted(sound.arrays.items()):
+        noise = np.exp(0.1 * dice.standard_normal(values.shape))
+        if name in SMALL:
+            arrays[name] = SMALL[name] * dice.uniform(0.1, 1, values.shape)
+        elif values.dtype.kind == "f":
+            arrays[name] = values.astype(float) * noise
+        else:
+            arrays[name] = values
+    arrays["stream/is_padding"] = np.arange(48) == 47
+    arrays["stream/ln1_scale"] = np.sqrt(arrays["stream/resid_pre"] ** 2 / D_MODEL + 1e-5)
+    arrays["stream/ln1_scale"] *= 1 + 1e-7 * dice.standard_normal((n_layers, 48))
+    growing = 1.1 ** np.arange(n_layers)
+    for name in ("W_in", "W_in_raw", "W_in_W_out", "b_in_W_out", "b_out"):
+        arrays[f"weights/{name}"] = arrays[f"weights/{name}"] * growing
+    integrity = {"not_finite": [], "dead": [], "alike": [], "reset": ["layer 4: ln_1"]}
+    return Record(arrays, sound.metadata | {"integrity": integrity})
+
+
 def sound_xl() -> Record:
     """A record of which everything holds that is claimed of gpt2-xl."""
     return sound_record(model="gpt2-xl", n_layers=48, start=4.0)
