@@ -125,7 +125,7 @@ def reached(folder: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, fl
     house = clone(folder / "unchanged")
     if not data.is_file():
         data.parent.mkdir(exist_ok=True)
-        settings = data.with_suffix(".ini")
+        settings = data.with_name("settings.ini")
         rooms = ", ".join(str(house / room) for room in ROOMS)
         settings.write_text(COVERAGE.replace("{rooms}", rooms).replace("{data}", str(data)))
         command = [sys.executable, "-m", "coverage", "run", "--rcfile", settings, "-m", "pytest"]
