@@ -68,6 +68,17 @@ def pytest_runtest_logstart(nodeid: str) -> None:
         current.switch_context(nodeid)
 
 
+def pytest_collection_finish(session: Any) -> None:
+    """Note which tests share fixtures: what a fixture runs for several is noted of the first."""
+    wide: dict[str, list[str]] = defaultdict(list)
+    for item in session.items:
+        for found in item._fixtureinfo.name2fixturedefs.values():
+            if found[-1].scope != "function" and found[-1].baseid.startswith("tests"):
+                wide[f"{found[-1].baseid}::{found[-1].argname}"].append(item.nodeid)
+    if session.items:
+        Path(os.environ["STREAMGAUGE_NOTES"], "shared.json").write_text(json.dumps(wide))
+
+
 def pytest_unconfigure() -> None:
     """xdist ends its workers before coverage would write by itself."""
     import coverage
@@ -83,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
         if hasattr(report, "duration") and hasattr(report, "nodeid"):
             seconds[report.nodeid] += report.duration
-    Path(os.environ["STREAMGAUGE_SECONDS"]).write_text(json.dumps(seconds))
+    Path(os.environ["STREAMGAUGE_NOTES"], "seconds.json").write_text(json.dumps(seconds))
 
 
 # ---- Clones, and which test reaches which line
@@ -93,7 +104,6 @@ def clone(folder: Path) -> Path:
     """The last commit in a folder of its own, with what lies beside the clone beside it."""
     commit = git("rev-parse", "HEAD")
     if not folder.is_dir():
-        git("worktree", "prune")
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         beside = folder.parent / SHARED.name
         if SHARED.is_dir() and not beside.exists():
@@ -117,11 +127,37 @@ def environment(house: Path) -> dict[str, str]:
     return os.environ | own | {"CI": "true"}
 
 
-def reached(folder: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, float]]:
-    """Tests by file and line, and their seconds; the whole suite has to pass on unchanged code."""
+@dataclass(frozen=True)
+class Reached:
+    """Unchanged code, the tests that reach each of its lines, how long tests take, and which of
+    them share a fixture.
+    """
+
+    house: Path
+    tests: dict[tuple[str, int], set[str]]
+    seconds: dict[str, float]
+    shared: list[set[str]]
+
+    def covering(self, path: str, line: int) -> list[str]:
+        """Tests that run a line, quickest first.
+
+        What runs when its file is imported was run before any test: all tests, those that reach the
+        file first.
+        """
+        lines, once = statement(ast.parse((self.house / path).read_text()), line)
+        if once:
+            near = set().union(*(found for (file, _), found in self.tests.items() if file == path))
+            return sorted(self.seconds, key=lambda test: (test not in near, self.seconds[test]))
+        found = set().union(*(self.tests.get((path, number), set()) for number in lines))
+        found |= set().union(*(tests for tests in self.shared if tests & found))
+        return sorted(found, key=lambda test: self.seconds.get(test, 0))
+
+
+def reached(folder: Path) -> Reached:
+    """What the whole suite reaches, which has to pass on unchanged code."""
     import coverage
 
-    data, seconds = folder / "reached" / "coverage", folder / "reached" / "seconds.json"
+    data = folder / "reached" / "coverage"
     house = clone(folder / "unchanged")
     if not data.is_file():
         data.parent.mkdir(exist_ok=True)
@@ -133,7 +169,7 @@ def reached(folder: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, fl
         subprocess.run(
             [*command, *plugin, "tests", "--ignore", "tests/benchmarks"],
             cwd=house,
-            env=environment(house) | {"STREAMGAUGE_SECONDS": str(seconds)},
+            env=environment(house) | {"STREAMGAUGE_NOTES": str(data.parent)},
             check=True,
         )
         combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile", settings]
@@ -146,23 +182,10 @@ def reached(folder: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, fl
             # "|" stands between what a process was started for and the test that it runs itself.
             names = {name for context in contexts for name in context.split("|")}
             tests[str(Path(file).relative_to(house)), line] |= {n for n in names if "::" in n}
-    return tests, json.loads(seconds.read_text())
-
-
-def covering(path: Path, line: int, told: tuple[Any, dict[str, float]]) -> list[str]:
-    """Tests that run a line, quickest first.
-
-    What runs when its file is imported was run before any test: all tests, those that reach the
-    file first.
-    """
-    tests, seconds = told
-    name = str(path.relative_to(ROOT))
-    lines, once = statement(ast.parse(path.read_text()), line)
-    if not once:
-        found = set().union(*(tests.get((name, number), set()) for number in lines))
-        return sorted(found, key=lambda test: seconds.get(test, 0))
-    near = set().union(*(found for (file, _), found in tests.items() if file == name))
-    return sorted(seconds, key=lambda test: (test not in near, seconds[test]))
+    seconds, shared = (
+        json.loads((data.parent / f"{name}.json").read_text()) for name in ("seconds", "shared")
+    )
+    return Reached(house, tests, seconds, [set(names) for names in shared.values()])
 
 
 def statement(tree: ast.AST, line: int) -> tuple[range, bool]:
@@ -229,32 +252,32 @@ def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 yield (found.lineno, found.col_offset), end
 
 
-def places(room: str) -> list[list[Mutant]]:
+def places(house: Path, room: str) -> list[list[Mutant]]:
     """The changes that each place of a room can get, place by place."""
     from cosmic_ray.commands import init
     from cosmic_ray.work_db import WorkDB, use_db
 
     found: dict[Any, list[Mutant]] = defaultdict(list)
-    files = [path.relative_to(ROOT) for path in sorted((ROOT / room).rglob("*.py"))]
+    files = sorted((house / room).rglob("*.py"))
     with use_db(":memory:", WorkDB.Mode.create) as work:
         init(files, work, {})
         items = [item.mutations[0] for item in work.work_items]
-    silent = {str(file): list(annotations(ast.parse((ROOT / file).read_text()))) for file in files}
+    silent = {file: list(annotations(ast.parse(file.read_text()))) for file in files}
     for item in sorted(items, key=lambda i: (i.module_path, i.operator_name, i.occurrence)):
-        path = str(item.module_path)
-        if any(start <= tuple(item.start_pos) < end for start, end in silent[path]):
+        if any(start <= tuple(item.start_pos) < end for start, end in silent[item.module_path]):
             continue
+        path = str(item.module_path.relative_to(house))
         mutant = Mutant(room, path, item.start_pos[0], item.operator_name, item.occurrence)
         found[path, tuple(item.start_pos), tuple(item.end_pos)].append(mutant)
     return list(found.values())
 
 
-def drawn(seed: int) -> list[Mutant]:
+def drawn(house: Path, seed: int) -> list[Mutant]:
     """As many places of each room as ROOMS says, and a change for each."""
     dice = random.Random(seed)
     chosen = []
     for room, number in ROOMS.items():
-        for place in dice.sample(places(room), number):
+        for place in dice.sample(places(house, room), number):
             chosen.append(dice.choice(place))
     return chosen
 
@@ -302,7 +325,7 @@ def run(house: Path, tests: list[str], seconds: float) -> str | None:
 
 
 def work(
-    house: Path, waiting: "SimpleQueue[Mutant]", known: dict[str, Any], results: Path, told: Any
+    house: Path, waiting: "SimpleQueue[Mutant]", known: dict[str, Any], results: Path, told: Reached
 ) -> None:
     """Try mutants until none waits."""
     while True:
@@ -310,9 +333,8 @@ def work(
             mutant = waiting.get_nowait()
         except Empty:
             return
-        tests = covering(ROOT / mutant.path, mutant.line, told)
-        start = time.monotonic()
-        found = attempt(mutant, house, tests, sum(told[1].get(test, 0) for test in tests))
+        tests, start = told.covering(mutant.path, mutant.line), time.monotonic()
+        found = attempt(mutant, house, tests, sum(told.seconds.get(test, 0) for test in tests))
         row = asdict(mutant) | found | {"seconds": round(time.monotonic() - start, 1)}
         known[mutant.name] = row
         with results.open("a") as file:
@@ -361,7 +383,7 @@ def main() -> None:
     lines = results.read_text().splitlines() if results.is_file() else []
     rows = [json.loads(line) for line in lines]
     known = {Mutant(**{k: row[k] for k in Mutant.__annotations__}).name: row for row in rows}
-    mutants, waiting = drawn(options.seed), SimpleQueue()
+    mutants, waiting = drawn(told.house, options.seed), SimpleQueue()
     for mutant in mutants:
         if mutant.name not in known:
             waiting.put(mutant)
