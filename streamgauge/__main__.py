@@ -166,6 +166,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _diff(options: argparse.Namespace) -> int:
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.compare import differences, rows_to_share, table
+    from streamgauge.measure import measure
     from streamgauge.record import Record
     from streamgauge.store import Store, default_store
 
@@ -177,8 +178,13 @@ def _diff(options: argparse.Namespace) -> int:
             return Record.load(name)
         converted = store.folder / "converted" if options.allow_pickle else None
         checkpoint = open_checkpoint(location(name), converted=converted)
-        return store.record(
-            checkpoint, prompts=options.prompts, device=options.device, rows=rows, show=True
+        return measure(
+            checkpoint,
+            store=store,
+            prompts=options.prompts,
+            device=options.device,
+            rows=rows,
+            show=True,
         )
 
     old = record_of(options.old)

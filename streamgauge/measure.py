@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from streamgauge.engine.accounts import Accounts
 from streamgauge.engine.forward import Group, Lacking, walk
 from streamgauge.engine.memory import reused
 from streamgauge.engine.rows import rows_for
-from streamgauge.errors import NotInstalledError, UnknownModelError
+from streamgauge.errors import NotInstalledError, NotMeasured, UnknownModelError
 from streamgauge.groups.patching import tasks_sha256
 from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.circuits import Task
@@ -32,6 +32,7 @@ from streamgauge.numerics.horizons import variants_of
 from streamgauge.numerics.rows import Prompts
 from streamgauge.progress import in_notebook
 from streamgauge.record import Record
+from streamgauge.store import Store
 
 if TYPE_CHECKING:
     from streamgauge.engine.layout import Layout
@@ -78,7 +79,7 @@ def measure(
     rows: Prompts | None = None,
     groups: Sequence[str] | None = None,
     known: Record | None = None,
-    digest: str | None = None,
+    store: Store | Path | str | None = None,
     show: bool | None = None,
 ) -> Record:
     """Measure a checkpoint folder, a catalogued name or a hub model: all groups of
@@ -89,16 +90,16 @@ def measure(
     tasks: prompt pairs on which heads are patched. precision: only as many prompts as it takes
     until the 95% interval of the growth rate is narrower than this. rows: token ids to measure on
     instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
-    are taken over where they are as this instrument would measure them. digest: the weights'
-    sha256, where it is known. show: progress on stderr, by default in notebooks alone.
-    Raises UnknownModelError, CheckpointError, HubError or PromptError, each with one sentence for
-    the user.
+    are taken over where they are as this instrument would measure them. store: a folder of
+    records, as --store names it: the record of this very checkpoint is taken from there, and a new
+    one is kept there. show: progress on stderr, by default in notebooks alone.
+    Raises UnknownModelError, CheckpointError, HubError, PromptError or StoreError, each with one
+    sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
     >>> record.resid_pre.shape  # layers, tokens  # doctest: +SKIP
     (16, 1304)
     """
-    _require_measuring()
     if isinstance(model, Checkpoint):
         checkpoint = model
     else:
@@ -117,16 +118,42 @@ def measure(
         tuple(name for name in GROUPS if groups is None or name in ("instrument", *groups)),
         precision,
     )
-    return _measure(
+    asked = Asked(
         checkpoint,
         texts,
         built_in=prompts is None,
         device=device,
         wanted=wanted,
-        known=known,
-        digest=digest,
         show=in_notebook() if show is None else show,
     )
+    if store is None:
+        return _measure(asked, known)
+    if not isinstance(store, Store):
+        store = Store(Path(store))
+        store.prepare()
+    return _stored(asked, known, store, store.key(checkpoint, prompts, device, rows, precision))
+
+
+def _stored(asked: "Asked", known: Record | None, store: Store, key: str) -> Record:
+    """The stored record where it holds what is asked for, or a new one, measured and stored.
+
+    A damaged one is measured again; of one of an older instrument, what is out of date.
+    """
+    found = store.find(key)
+    if found is not None and set(asked.wanted.groups) <= set(current_groups(found, asked.wanted)):
+        return found
+    # What is kept gains groups and loses none.
+    held = [] if found is None else current_groups(found, asked.wanted)
+    groups = tuple(name for name in GROUPS if name in (*asked.wanted.groups, *held))
+    asked = replace(asked, wanted=replace(asked.wanted, groups=groups))
+    digest = store.weights_sha256(asked.checkpoint)
+    record = _measure(asked, found or known, digest)
+    if store.weights_sha256(asked.checkpoint) != digest:
+        raise NotMeasured(
+            f"the weights in {asked.checkpoint.folder} changed while they were measured; run again."
+        )
+    store.keep(key, record)
+    return record
 
 
 def _require_measuring() -> None:
@@ -153,34 +180,41 @@ class Wanted:
     precision: float | None = None
 
 
-def _measure(
-    checkpoint: Checkpoint,
-    texts: list[str] | Prompts,
-    *,
-    built_in: bool,
-    device: str,
-    wanted: Wanted,
-    known: Record | None,
-    digest: str | None,
-    show: bool,
-) -> Record:
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, and how: prompts are texts, or rows of token ids; built_in: whether
+    they are our own.
+    """
+
+    checkpoint: Checkpoint
+    texts: list[str] | Prompts
+    built_in: bool
+    device: str
+    wanted: Wanted
+    show: bool
+
+
+def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> Record:
+    """Measure it; digest: the weights' sha256, where it is known."""
+    _require_measuring()
     from streamgauge.engine.blockwise import Blockwise
     from streamgauge.engine.layout import probe_layout
     from streamgauge.engine.load import load_model
     from streamgauge.groups.tensors import Tensors
     from streamgauge.plan import make_plan
 
+    checkpoint, texts, wanted, show = asked.checkpoint, asked.texts, asked.wanted, asked.show
     with reused(), Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
             hashing = None if digest else _hash(checkpoint)
-            opened = load_model(checkpoint, device)
+            opened = load_model(checkpoint, asked.device)
             beyond = _beyond(checkpoint, opened.mapped.model)
             model = Blockwise(opened.mapped)
             layout = probe_layout(model)
         with accounts.of("prompts"):
-            rows, why = rows_for(model, checkpoint, texts, built_in=built_in)
+            rows, why = rows_for(model, checkpoint, texts, built_in=asked.built_in)
         reached = None
         if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
             with accounts.of("sampling"):
@@ -317,11 +351,6 @@ def current_groups(record: Record, wanted: Wanted) -> list[str]:
     if "patching" in current and record.metadata.get("tasks_sha256") != tasks_sha256(wanted.tasks):
         current.remove("patching")
     return current
-
-
-def is_current(record: Record, wanted: Wanted | None = None) -> bool:
-    """Whether every group is as this instrument would measure it."""
-    return current_groups(record, wanted or Wanted()) == list(GROUPS)
 
 
 def _kept(known: Record | None, rows: Prompts | None, wanted: Wanted) -> list[str]:

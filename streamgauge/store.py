@@ -7,16 +7,13 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamgauge.checkpoints.files import Checkpoint, weights_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.untrusted import TEXTS
-from streamgauge.errors import NotMeasured, RecordError, StoreError
-from streamgauge.measure import Wanted, is_current, measure
-from streamgauge.numerics.circuits import Task
+from streamgauge.errors import RecordError, StoreError
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record, write_whole
 
@@ -80,61 +77,26 @@ class Store:
         """Make the folder and see that it can be written. Raises StoreError."""
         prepare_folder(self.folder, "the store", "--store")
 
-    def record(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        prompts: Path | None,
-        device: str,
-        horizons: str = "default",
-        tasks: Sequence[Task] = (),
-        precision: float | None = None,
-        rows: Prompts | None = None,
-        show: bool = False,
-    ) -> Record:
-        """The stored record of this very checkpoint, or a new one, measured and stored; rows: token
-        ids in place of prompts.
-
-        A damaged one is measured again; one of an older instrument is measured again where that is
-        out of date.
-        """
-        path = (
-            self.folder
-            / "records"
-            / f"{self.key(checkpoint, prompts, device, rows, precision)}.safetensors"
-        )
-        known: Record | None = None
-        if path.is_file():
-            try:
-                known = Record.load(path)
-            except RecordError:
-                path.unlink(missing_ok=True)
-        if known is not None and is_current(
-            known, Wanted(horizons, tuple(tasks), precision=precision)
-        ):
-            return known
-        digest = self._weights_sha256(checkpoint)
-        record = measure(
-            checkpoint,
-            prompts=prompts,
-            device=device,
-            horizons=horizons,
-            tasks=tasks,
-            precision=precision,
-            rows=rows,
-            known=known,
-            digest=digest,
-            show=show,
-        )
-        if self._weights_sha256(checkpoint) != digest:
-            raise NotMeasured(
-                f"the weights in {checkpoint.folder} changed while they were measured; run again."
-            )
+    def find(self, key: str) -> Record | None:
+        """The record that is kept under a key; None for a damaged one, which is deleted."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
         try:
-            record.save(path)
+            return Record.load(path)
+        except RecordError:
+            path.unlink(missing_ok=True)
+            return None
+
+    def keep(self, key: str, record: Record) -> None:
+        """Keep a record under a key; where there is no room for it, that is said and no more."""
+        try:
+            record.save(self._path(key))
         except StoreError as error:
-            warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=2)
-        return record
+            warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=3)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / "records" / f"{key}.safetensors"
 
     def key(
         self,
@@ -147,7 +109,7 @@ class Store:
         """What a measurement depends on, as one hash."""
         beside_weights = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in TEXTS]
         parts = [
-            self._weights_sha256(checkpoint),
+            self.weights_sha256(checkpoint),
             *(
                 f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}"
                 for p in beside_weights
@@ -163,7 +125,7 @@ class Store:
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _weights_sha256(self, checkpoint: Checkpoint) -> str:
+    def weights_sha256(self, checkpoint: Checkpoint) -> str:
         """The hash, remembered by path, size and time of change: gigabytes are not read again on
         every run.
         """

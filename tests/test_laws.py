@@ -898,7 +898,7 @@ def _audit_with_stored(
     folder = models.save(model or models.gpt2(3), tmp_path / "model")
     checkpoint, store = checkpoints.open_checkpoint(folder), Store(tmp_path / "store")
     store.prepare()
-    record = store.record(checkpoint, prompts=None, device="cpu")
+    record = streamgauge.measure(checkpoint, store=store)
     spoil(record)
     record.save(store.folder / "records" / f"{store.key(checkpoint, None, 'cpu')}.safetensors")
     return audit("--model", folder, "-k", law.split("/")[1]).row(law)

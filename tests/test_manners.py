@@ -1,7 +1,9 @@
 """What is printed to whoever makes a mistake: one sentence, what is wrong and what to do."""
 
+import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,16 @@ def test_junit_files_name_the_model(run_pytest: Running, record: Path, tmp_path:
     law = ROOT / "invariants/residual/test_additivity.py"
     run_pytest(law, "--record", record, "--junitxml", junit)
     assert '<property name="model" value="somebody\'s"' in junit.read_text()
+
+
+def test_junit_files_charge_no_law_for_measuring(run_pytest: Running, tmp_path: Path) -> None:
+    folder, junit = models.save(models.gpt2(3), tmp_path / "model"), tmp_path / "junit.xml"
+    law = ROOT / "invariants/residual/test_additivity.py"
+    report = ["--store", tmp_path / "store", "--report", tmp_path / "report"]
+    assert run_pytest(law, "--model", folder, "--junitxml", junit, *report).returncode == 0
+    row = json.loads((tmp_path / "report" / "rows.jsonl").read_text())
+    (case,) = ET.parse(junit).iter("testcase")
+    assert float(case.attrib["time"]) < 0.1 * row["cost"]["seconds"]
 
 
 def test_a_record_is_called_what_it_was_made_from(audit: Auditing, record: Path) -> None:

@@ -2,6 +2,7 @@
 loses nothing finished.
 """
 
+import importlib
 import os
 import shutil
 import sys
@@ -14,8 +15,8 @@ import pytest
 
 import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint
-from streamgauge.errors import NotMeasured, RecordError, UnknownModelError
-from streamgauge.measure import GROUPS, is_current
+from streamgauge.errors import NotMeasured, RecordError, StoreError, UnknownModelError
+from streamgauge.measure import GROUPS, Wanted, current_groups, measure
 from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
@@ -58,10 +59,31 @@ def test_a_checkpoint_file_is_no_record(folder: Path) -> None:
 def test_second_time_comes_from_the_store(
     folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = store.record(open_checkpoint(folder), prompts=None, device="cpu")
-    monkeypatch.setattr("streamgauge.store.measure", lambda *a, **k: pytest.fail("measured again"))
-    second = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    first = measure(open_checkpoint(folder), store=store)
+    module = importlib.import_module("streamgauge.measure")
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: pytest.fail("measured again"))
+    second = measure(open_checkpoint(folder), store=store)
     assert second.metadata == first.metadata
+
+
+def test_a_folder_of_records_can_be_named_and_gains_groups(folder: Path, tmp_path: Path) -> None:
+    """A notebook's way: some groups now, others later, none lost and none measured twice."""
+    path = tmp_path / "new" / "store"
+    first = measure(folder, store=path, groups=["weights"])
+    assert set(first.groups) == {"instrument", "weights"} and "stream/resid_pre" not in first.arrays
+    both = measure(folder, store=str(path), groups=["stream"])
+    assert set(both.groups) == {"instrument", "weights", "stream"}
+    np.testing.assert_array_equal(
+        both.array("weights/W_OV_frobenius"), first.array("weights/W_OV_frobenius")
+    )
+    again = measure(folder, store=path, groups=["weights", "stream"])
+    assert again.metadata == both.metadata and len(records(Store(path))) == 1
+
+
+def test_a_store_that_cannot_be_written_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"the store .*file.* cannot be written"):
+        measure(folder, store=tmp_path / "file" / "store")
 
 
 def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path: Path) -> None:
@@ -83,9 +105,9 @@ def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path:
 
 
 def test_a_damaged_record_is_measured_again(folder: Path, store: Store) -> None:
-    first = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    first = measure(open_checkpoint(folder), store=store)
     os.truncate(records(store)[0], 1000)
-    again = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    again = measure(open_checkpoint(folder), store=store)
     np.testing.assert_array_equal(again.resid_pre, first.resid_pre)
     assert Record.load(records(store)[0]).metadata == again.metadata
 
@@ -152,14 +174,15 @@ def test_interrupting_keeps_finished_records(
     folder: Path, audit: Callable[..., Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
-    real = Store.record
+    module = importlib.import_module("streamgauge.measure")
+    real = module._measure
 
-    def interrupted(self: Store, checkpoint: Any, **more: Any) -> Record:
-        if checkpoint.folder == other:
+    def interrupted(asked: Any, *more: Any) -> Record:
+        if asked.checkpoint.folder == other:
             raise KeyboardInterrupt
-        return real(self, checkpoint, **more)
+        return real(asked, *more)
 
-    monkeypatch.setattr(Store, "record", interrupted)
+    monkeypatch.setattr(module, "_measure", interrupted)
     found = audit("--model", folder, "--model", other)
     assert found.exit == 2
     assert len(records(Store(tmp_path / "store"))) == 1
@@ -171,7 +194,7 @@ def test_activations_are_whole_vectors_kept_on_disk(folder: Path, store: Store) 
     from streamgauge.activations import stored_activations
 
     checkpoint = open_checkpoint(folder)
-    record = store.record(checkpoint, prompts=None, device="cpu")
+    record = measure(checkpoint, store=store)
     hooks = ["blocks.3.hook_resid_pre", "blocks.5.attn.hook_out"]
     found = stored_activations(store, checkpoint, hooks, prompts=None, device="cpu", limit=2**30)
     resid = np.asarray(found[hooks[0]])
@@ -222,10 +245,10 @@ def test_a_record_of_the_first_instrument_gains_what_it_lacks(
     checkpoint = open_checkpoint(models.save(models.gpt2(3), tmp_path / "model"))
     store = Store(tmp_path / "store")
     store.prepare()
-    new = store.record(checkpoint, prompts=None, device="cpu")
+    new = measure(checkpoint, store=store)
     path = store.folder / "records" / f"{store.key(checkpoint, None, 'cpu')}.safetensors"
     _as_measured_by_the_first_instrument(new).save(path)
-    upgraded = store.record(checkpoint, prompts=None, device="cpu")
+    upgraded = measure(checkpoint, store=store)
     np.testing.assert_array_equal(upgraded.resid_pre, 3 * new.resid_pre)  # taken over
     assert set(upgraded.arrays) == set(new.arrays) and upgraded.groups == new.groups
     for name in sorted(set(new.arrays) - {"stream/resid_pre"}):
@@ -245,9 +268,9 @@ def test_weights_are_measured_again_without_a_forward_pass(
         lambda *_: pytest.fail("a forward pass over the prompts"),
     )
     monkeypatch.setitem(GROUPS, group, 99)
-    assert not is_current(known)
+    assert set(GROUPS) - set(current_groups(known, Wanted())) == {group}
     again = streamgauge.measure(checkpoint, known=known)
-    assert again.groups[group] == 99 and is_current(again)
+    assert again.groups[group] == 99 and current_groups(again, Wanted()) == list(GROUPS)
     assert set(again.arrays) == set(known.arrays)
 
 

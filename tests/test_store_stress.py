@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.record import Record
 from streamgauge.store import Store
@@ -93,11 +94,11 @@ def test_a_full_disk_loses_no_measurement(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.warns(UserWarning, match="No space left on device.*used and not kept"):
-        record = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+        record = streamgauge.measure(open_checkpoint(folder), store=store)
     assert record.n_layers == 2
     monkeypatch.undo()
     assert not [path for path in store.folder.rglob("*") if path.is_file()]
-    again = store.record(open_checkpoint(folder), prompts=None, device="cpu")
+    again = streamgauge.measure(open_checkpoint(folder), store=store)
     np.testing.assert_array_equal(again.resid_pre, record.resid_pre)
 
 
@@ -139,7 +140,7 @@ def test_weights_changed_under_the_same_time_are_noticed(folder: Path, tmp_path:
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     store = Store(tmp_path / "store")
     store.prepare()
-    first = store.record(open_checkpoint(copy), prompts=None, device="cpu")
+    first = streamgauge.measure(open_checkpoint(copy), store=store)
     weights = copy / "model.safetensors"
     before = weights.stat()
     tensors: dict[str, Any] = load_file(weights)
@@ -150,5 +151,5 @@ def test_weights_changed_under_the_same_time_are_noticed(folder: Path, tmp_path:
         file.write(content.read_bytes())
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert weights.stat().st_size == before.st_size and weights.stat().st_ino == before.st_ino
-    second = store.record(open_checkpoint(copy), prompts=None, device="cpu")
+    second = streamgauge.measure(open_checkpoint(copy), store=store)
     assert first.metadata["weights_sha256"] != second.metadata["weights_sha256"]

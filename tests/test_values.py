@@ -5,8 +5,10 @@ phenomena then note every value and assert none. Formulas are those of the laws'
 as plainly as they can be.
 """
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,20 +70,27 @@ def effective_rank(values: np.ndarray) -> float:
     return float(np.prod(share**-share))
 
 
-def horizon() -> float:
-    """Where the excess loss, tokens counted alike, falls to a tenth of a nat."""
-    k, weight = A["horizon/k"], A["horizon/tokens"] / A["horizon/tokens"].sum()
-    excess = (A["horizon/loss.dropped.recomputed.mean.everywhere"] - A["horizon/clean_loss"]) @ (
-        weight
-    )
+def horizon(prompts: Any = (0, 1, 2, 3, 4, 5, 6, 7)) -> float:
+    """Where the excess loss of some prompts, tokens counted alike, falls to a tenth of a nat."""
+    k, weight = A["horizon/k"], A["horizon/tokens"][list(prompts)]
+    loss = A["horizon/loss.dropped.recomputed.mean.everywhere"] - A["horizon/clean_loss"]
+    excess = np.average(loss[:, list(prompts)], axis=1, weights=weight)
     first = next(n for n in range(len(k)) if excess[n] <= 0.1)
+    if first == 0:
+        return float(k[0])
     return float(np.interp(-0.1, -excess[[first - 1, first]], k[[first - 1, first]]))
 
 
-def largest_rise() -> float:
+def rises() -> list[float]:
     """Of the loss from one horizon to the next, in standard errors over prompts."""
     steps = np.diff(A["horizon/loss.dropped.recomputed.mean.everywhere"], axis=0)
-    return float(max(s.mean() / (s.std(ddof=1) / len(s) ** 0.5) for s in steps))
+    return [float(s.mean() / (s.std(ddof=1) / len(s) ** 0.5)) for s in steps]
+
+
+def steepest() -> str:
+    k, loss = A["horizon/k"], A["horizon/loss.dropped.recomputed.mean.everywhere"].mean(1)
+    at = rises().index(max(rises()))
+    return f"from horizon {k[at]} to {k[at + 1]}: {loss[at + 1] - loss[at]:+.3f} nats"
 
 
 def counted() -> float:
@@ -97,16 +106,16 @@ def counted() -> float:
     return float(np.mean(better))
 
 
-def kl_over_bound(kind: str, name: str) -> float:
-    """The largest over layers and predictions, one by one."""
-    size, share = (A[f"sublayer_effect/{kind}_{of}"].ravel() for of in ("size", "share"))
-    kl, row = A[f"sublayer_effect/{kind}_{name}"].ravel(), A["sublayer_effect/largest_row"][0]
-    found = []
-    for s, part, value in zip(size, share, kl, strict=True):
-        scale = 1.0 if name == "frozen_kl" else 2 / (1 + np.sqrt(1 - 2 * part + s**2 / D_MODEL))
+def kl_over_bound(kind: str, name: str) -> np.ndarray:
+    """(n_layers, n_pred), one by one."""
+    size, share, kl = (A[f"sublayer_effect/{kind}_{of}"] for of in ("size", "share", name))
+    row, found = A["sublayer_effect/largest_row"][0], np.empty(size.shape)
+    for at in np.ndindex(size.shape):
+        left = 1 - 2 * share[at] + size[at] ** 2 / D_MODEL
+        scale = 1.0 if name == "frozen_kl" else 2 / (1 + np.sqrt(left))
         slack = 2 * UNIT * (D_MODEL * row * np.sqrt(D_MODEL) + 80)
-        found.append(value / ((row * s * scale) ** 2 / 2 + slack))
-    return max(found)
+        found[at] = kl[at] / ((row * size[at] * scale) ** 2 / 2 + slack)
+    return found
 
 
 def spread() -> float:
@@ -124,11 +133,11 @@ def bend() -> float:
     return float(np.polyfit(WINDOW[:-1] + 0.5, steps, 1)[0])
 
 
-def addition() -> float:
-    """The largest left over, relative to the raw vectors."""
+def left_over() -> np.ndarray:
+    """What the law of addition leaves, relative to the raw vectors."""
     products = A["stream/pre_dot_attn"] + A["stream/mid_dot_mlp"]
     left = POST**2 - PRE**2 - ATTN**2 - MLP**2 - 2 * products
-    return float(np.max(np.abs(left) / ((PRE + ATTN + MLP) * A["sublayers/raw_norm"])))
+    return np.asarray(np.abs(left) / ((PRE + ATTN + MLP) * A["sublayers/raw_norm"]))
 
 
 def moments() -> list[float]:
@@ -166,6 +175,7 @@ def heads(name: str) -> np.ndarray:
     return A[f"weights/{name}"]
 
 
+EFFECTS = [(kind, name) for kind in ("attn", "mlp") for name in ("frozen_kl", "kl")]
 VALUES: dict[str, Callable[[], list[Any]]] = {
     "instrument/same_function": instrument,
     "residual/additivity": lambda: [A["stream/additivity_error"].max()],
@@ -191,7 +201,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
         RESID[5, A["stream/is_bos"]].min() / RESID[5, TEXT].max(),
         RESID[11, A["stream/is_bos"]].mean() / max(RESID[:, A["stream/is_bos"]].mean(1)),
     ],
-    "sublayers/addition_law": lambda: [addition()],
+    "sublayers/addition_law": lambda: [left_over().max()],
     "sublayers/contribution_bound": lambda: [
         np.max((np.abs(POST - PRE) - ATTN - MLP) / (PRE + ATTN + MLP))
     ],
@@ -259,14 +269,12 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
         np.exp(slope((A["sublayers/pre_dot_mlp_0"] / (PRE * MLP[0]))[:, TEXT].mean(1)))
     ],
     "depth/layer_horizon": lambda: [horizon()],
-    "depth/loss_falls_with_horizon": lambda: [largest_rise()],
+    "depth/loss_falls_with_horizon": lambda: [max(rises())],
     "depth/update_norms_rise": lambda: [
         geometric((MLP[-1] / MLP[0])[TEXT]),
         geometric((ATTN[-1] / ATTN[0])[TEXT]),
     ],
-    "depth/effect_bound": lambda: [
-        kl_over_bound(kind, name) for kind in ("attn", "mlp") for name in ("frozen_kl", "kl")
-    ],
+    "depth/effect_bound": lambda: [kl_over_bound(kind, name).max() for kind, name in EFFECTS],
     "predictions/beats_unigram": lambda: [counted()],
 }
 ELSEWHERE = {  # laws about files and about baselines, and one that needs a published number
@@ -316,7 +324,7 @@ SAID: dict[str, Callable[[], list[str]]] = {
         f"widest at layer {largest(outer(), WINDOW)}, where 95% over 5% is "
         f"{outer()[WINDOW].max():.3f}"
     ],
-    "sublayers/addition_law": lambda: ["largest at layer"],
+    "sublayers/addition_law": lambda: [f"largest at layer {largest(left_over())}"],
     "sublayers/contribution_bound": lambda: [
         f"layer {largest((np.abs(POST - PRE) - ATTN - MLP) / (PRE + ATTN + MLP))}"
     ],
@@ -351,9 +359,54 @@ SAID: dict[str, Callable[[], list[str]]] = {
         f"by {np.exp(text_slope(RESID)):.4f}"
     ],
     "depth/layer_horizon": lambda: ["of 11 layers; 95% interval"],
-    "depth/effect_bound": lambda: ["scale kept", "scale as it is"] * 2,
-    "predictions/beats_unigram": lambda: ["40 tokens"],
+    "depth/effect_bound": lambda: [
+        f"layer {largest(kl_over_bound(kind, name))}; "
+        + ("scale kept" if name == "frozen_kl" else "scale as it is")
+        for kind, name in EFFECTS
+    ],
+    "depth/loss_falls_with_horizon": lambda: [steepest()],
+    "predictions/beats_unigram": lambda: [
+        f"{losses():.3f} nats against {losses() + counted():.3f}, 40 tokens"
+    ],
+    "attention/circuit_patching": lambda: [
+        f"3 heads; not substantial; as large by chance: {chance(A['patching/own']):.2f}"[:-1],
+    ],
+    "attention/circuit_spectral": lambda: [
+        f"3 heads; not substantial; as large by chance: {chance(heads(name)):.2f}"[:-1]
+        for name in ("W_OV_spectral", "W_QK_spectral")
+    ],
+    **{
+        law: lambda: ["39 tokens"]
+        for law in (
+            "residual/super_exponential",
+            "residual/every_token_grows",
+            "residual/exponential",
+            "residual/decrease",
+            "residual/fast_start",
+            "sublayers/alignment",
+            "attention/fall_off",
+            "attention/random_sum",
+            "mlp/random_activation_rate",
+            "weights/embedding_norm",
+        )
+    },
+    **{
+        law: lambda: ["39 tokens", "39 tokens"]
+        for law in ("sublayers/both_grow", "depth/update_norms_rise")
+    },
 }
+
+
+def losses() -> float:
+    return float(A["prediction/loss"].reshape(8, 6)[:, :-1].mean())
+
+
+def chance(values: np.ndarray) -> float:
+    """How often three heads of the whole model have a ratio at least as large: of all triples."""
+    wanted, found = circuit_ratio(values), []
+    for triple in itertools.combinations(values.ravel(), 3):
+        found.append(sum(triple) / 3 / ((values.sum() - sum(triple)) / (values.size - 3)) >= wanted)
+    return float(np.mean(found))
 
 
 def outer() -> np.ndarray:
@@ -384,6 +437,55 @@ def test_a_law_says_what_its_formula_gives(law: str, rows: dict[str, dict[str, A
 def test_a_law_says_what_it_looked_at(law: str, rows: dict[str, dict[str, Any]]) -> None:
     for value, said in zip(rows[law]["values"], SAID[law](), strict=True):
         assert said in value["of"]
+
+
+def interval(text: str) -> tuple[float, float]:
+    low, high = re.findall(r"interval (\S+) to (\S+?)(?:,| |$)", text)[0]
+    return float(low), float(high)
+
+
+def resampled(of: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """2.5% and 97.5% of a number when the prompts are drawn with replacement."""
+    dice = np.random.default_rng(99)
+    found = [of(dice.integers(0, 8, 8)) for _ in range(4000)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def tokens_of(prompts: np.ndarray) -> np.ndarray:
+    """Indices of the text tokens of prompts, one after the other."""
+    return np.concatenate([np.flatnonzero((A["stream/prompt"] == p) & TEXT) for p in prompts])
+
+
+def share_of(kind: str, out: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Of the growth of random input's answers in that of some prompts' outputs, the answers drawn
+    within their errors.
+    """
+    dice, slopes = np.random.default_rng(98), np.array([slope(column) for column in out.T])
+
+    def share(prompts: np.ndarray) -> float:
+        noise = A[f"random_input/{kind}_error"] * dice.standard_normal(N_LAYERS)
+        answers = A[f"random_input/{kind}_norm"] + noise
+        return slope(answers) / float(slopes[tokens_of(prompts)].mean())
+
+    return share
+
+
+RATES = np.log(RESID[LAST] / RESID[FIRST]) / (LAST - FIRST)
+INTERVALS: dict[str, Callable[[np.ndarray], float]] = {
+    "residual/growth_rate": lambda prompts: float(np.exp(RATES[tokens_of(prompts)].mean())),
+    "attention/hard_coded_growth": share_of("attn", ATTN),
+    "mlp/hard_coded_growth": share_of("mlp", MLP),
+    "depth/layer_horizon": horizon,
+}
+
+
+@pytest.mark.parametrize("law", INTERVALS)
+def test_intervals_are_those_of_resampled_prompts(
+    law: str, rows: dict[str, dict[str, Any]]
+) -> None:
+    found, wanted = interval(rows[law]["values"][0]["of"]), resampled(INTERVALS[law])
+    np.testing.assert_allclose(found, wanted, atol=0.15 * (wanted[1] - wanted[0]))
 
 
 def test_windows_are_the_depth_s_steady_part(rows: dict[str, dict[str, Any]]) -> None:

@@ -94,9 +94,11 @@ def effective_horizon(
     horizons that were tried.
 
     k: (n_k,) rising; loss: (n_k, rows); clean, tokens: (rows,). Rows count by their tokens. Unit:
-    layers.
+    layers. NaN where none of them is.
     """
     excess = (loss - clean) @ tokens / tokens.sum() - EPSILON
+    if not (excess <= 0).any():
+        return float("nan")
     within = int(np.argmax(excess <= 0))
     if within == 0:
         return float(k[0])

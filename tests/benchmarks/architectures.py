@@ -48,15 +48,15 @@ def measure(folder: Path, store: Path) -> dict[str, Any]:
 
     import torch
 
+    import streamgauge
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.errors import StreamgaugeError
-    from streamgauge.store import Store
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     try:
-        record = Store(store).record(open_checkpoint(folder), prompts=None, device="cpu")
+        record = streamgauge.measure(open_checkpoint(folder), store=store)
         differs = difference(folder, record)
     except StreamgaugeError as error:
         return {"refused": str(error).replace(str(folder), folder.name)}

@@ -39,7 +39,6 @@ COVERAGE = """[run]
 branch = false
 parallel = true
 concurrency = thread, greenlet
-patch = subprocess
 context = ${STREAMGAUGE_TEST-}
 source = {rooms}
 data_file = {data}
@@ -164,12 +163,13 @@ def reached(folder: Path) -> Reached:
         settings = data.with_name("settings.ini")
         rooms = ", ".join(str(house / room) for room in ROOMS)
         settings.write_text(COVERAGE.replace("{rooms}", rooms).replace("{data}", str(data)))
-        command = [sys.executable, "-m", "coverage", "run", "--rcfile", settings, "-m", "pytest"]
+        # Every process starts coverage by itself, and reads there which test started it.
+        own = {"COVERAGE_PROCESS_START": str(settings), "STREAMGAUGE_NOTES": str(data.parent)}
         plugin = ["-p", "tests.benchmarks.mutants", "-p", "no:cacheprovider", "-q", "-n", "2"]
         subprocess.run(
-            [*command, *plugin, "tests", "--ignore", "tests/benchmarks"],
+            [sys.executable, "-m", "pytest", *plugin, "tests", "--ignore", "tests/benchmarks"],
             cwd=house,
-            env=environment(house) | {"STREAMGAUGE_NOTES": str(data.parent)},
+            env=environment(house) | own,
             check=True,
         )
         combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile", settings]
