@@ -23,7 +23,7 @@ import threading
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -47,8 +47,8 @@ data_file = {data}
 HEAD = """# Which faults in streamgauge's own code its tests find
 
 {drawn} places of the code, drawn with seed {seed}, each changed once by cosmic-ray {version} in a
-clone; of the tests that reach the changed line, quickest first, as many are run as take {seconds} s,
-until one fails. *Survivors* are what none of these noticed, those that cannot be noticed from
+clone; of the tests that reach the changed line, quickest first, as many are run as take
+{seconds} s, until one fails. *Survivors* are what none of these noticed, those that cannot be noticed from
 outside among them.
 
 Made by `python -m tests.benchmarks.mutants`.
@@ -140,24 +140,25 @@ class Reached:
     shared: list[set[str]]
 
     def covering(self, path: str, line: int) -> list[str]:
-        """Tests that run a line, quickest first.
+        """Tests that run a line, quickest first, as many as SECONDS lets be run.
 
-        What runs when its file is imported was run before any test: all tests, those that reach the
-        file first.
+        What runs when its file is imported was run before any test: half of the time goes to tests
+        that reach the file, half to all others.
         """
         lines, once = statement(ast.parse((self.house / path).read_text()), line)
         if once:
             near = set().union(*(found for (file, _), found in self.tests.items() if file == path))
-            return sorted(self.seconds, key=lambda test: (test not in near, self.seconds[test]))
+            first = self.quickest(near, SECONDS / 2)
+            return [*first, *self.quickest(self.seconds.keys() - set(first), SECONDS / 2)]
         found = set().union(*(self.tests.get((path, number), set()) for number in lines))
         found |= set().union(*(tests for tests in self.shared if tests & found))
-        return sorted(found, key=lambda test: self.seconds.get(test, 0))
+        return self.quickest(found, SECONDS)
 
-    def chosen(self, path: str, line: int) -> list[str]:
-        """The first of them, as many as SECONDS lets be run."""
-        tests = self.covering(path, line)
-        ends = itertools.accumulate(self.seconds.get(test, 0) for test in tests)
-        return [test for test, end in zip(tests, ends, strict=True) if end <= SECONDS]
+    def quickest(self, tests: Collection[str], seconds: float) -> list[str]:
+        """As many of the tests as end in so many seconds."""
+        in_order = sorted(tests, key=lambda test: (self.seconds.get(test, 0), test))
+        ends = itertools.accumulate(self.seconds.get(test, 0) for test in in_order)
+        return [test for test, end in zip(in_order, ends, strict=True) if end <= seconds]
 
 
 def reached(folder: Path) -> Reached:
@@ -341,7 +342,7 @@ def work(
             mutant = waiting.get_nowait()
         except Empty:
             return
-        tests, start = told.chosen(mutant.path, mutant.line), time.monotonic()
+        tests, start = told.covering(mutant.path, mutant.line), time.monotonic()
         found = attempt(mutant, house, tests, sum(told.seconds.get(test, 0) for test in tests))
         row = asdict(mutant) | found | {"seconds": round(time.monotonic() - start, 1)}
         known[mutant.name] = row
