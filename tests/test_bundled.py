@@ -74,6 +74,46 @@ def test_the_trigram_model_is_a_fair_one(recipe: Any) -> None:
     assert Trigram(cycle, 50).loss(cycle[-20:]) < 0.05
 
 
+def test_its_recipe_makes_it_again(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the eleventh step, on little held-out text: the record of then is in `history`."""
+
+    class Nothing:
+        def __init__(self, windows: np.ndarray, vocabulary: int) -> None:
+            assert windows.shape[1] == recipe.CONTEXT and (windows[:, 0] == windows[0, 0]).all()
+
+        def loss(self, rows: np.ndarray) -> float:
+            return float(len(rows))
+
+    try:
+        training, held_out = recipe.split(recipe.corpus_files())
+    except SystemExit as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(recipe, "split", lambda files: (training, held_out[:3]))
+    monkeypatch.setattr(recipe, "STEPS", (0, 10))
+    monkeypatch.setattr(recipe, "Trigram", Nothing)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
+    recipe.main()
+    for step in ("step-00000", "step-00010"):
+        made = Record.load(tmp_path / "history" / f"{step}.safetensors")
+        kept = Record.load(BUNDLED / "history" / f"{step}.safetensors")
+        for name in ("stream/resid_post", "stream/mlp_out", "weights/W_OV_frobenius"):
+            np.testing.assert_allclose(made.array(name), kept.array(name), rtol=1e-3, err_msg=name)
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    known = json.loads((BUNDLED / "losses.json").read_text())["model"]
+    for step in ("0", "10"):
+        assert losses["model"][step] == pytest.approx(known[step], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 2e-5), (74, 1.5e-3), (149, 3e-3), (150, 3e-3), (1825, 1.65e-3), (3500, 3e-4)],
+)
+def test_the_learning_rate_rises_and_falls(step: int, rate: float, recipe: Any) -> None:
+    assert recipe.learning_rate(step) == pytest.approx(rate, rel=1e-6)
+
+
 def test_growth_appears_in_training() -> None:
     records = {
         step: Record.load(BUNDLED / "history" / f"step-{step:05d}.safetensors") for step in STEPS

@@ -1,6 +1,8 @@
 """Published numbers as records: what `pytest -k NAME --published` asserts, offline."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from fixtures import catalogue
 from streamgauge.numerics.circuits import chance_of_ratio, norm_ratio
 from streamgauge.record import Record
-from tests.conftest import Audit
+from tests.conftest import ROOT, SHARED, Audit
 
 Auditing = Callable[..., Audit]
+PUBLISHED = ROOT / "fixtures" / "published"
 
 
 def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
@@ -37,6 +40,26 @@ def test_gpt2_xl_grows_as_published(audit: Auditing) -> None:
     exponential = {r["model"]: r for r in found.rows if r["law"] == "residual/exponential"}
     assert exponential["gpt2-xl:58-prompts"]["value"] == pytest.approx(0.9993, abs=5e-5)
     assert exponential["gpt2-xl:58-prompts"]["outcome"] == "pass"
+
+
+def test_records_are_what_the_import_makes_of_the_published_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fixtures.published import import_reference
+
+    folder = SHARED / "reference"
+    if not folder.is_dir():
+        pytest.skip("the published files are not on this machine")
+    monkeypatch.setattr(import_reference, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["import_reference.py", str(folder)])
+    import_reference.main()
+    kept = {path.name: path for path in PUBLISHED.glob("*.safetensors")}
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    for name, path in kept.items():
+        made, record = Record.load(tmp_path / name), Record.load(path)
+        assert made.metadata == record.metadata and set(made.arrays) == set(record.arrays)
+        for array, values in record.arrays.items():
+            np.testing.assert_array_equal(made.arrays[array], values, err_msg=f"{name} {array}")
 
 
 def test_laws_that_need_weights_are_not_applicable(audit: Auditing) -> None:

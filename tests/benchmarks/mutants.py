@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.mutants FOLDER` draws places of the code by a seed, lets cosmic-ray
 change one at a time in a clone of the last commit, and runs the tests that reach the changed line,
-quickest first, until one fails. About two hours for 190 changes on two cores. FOLDER keeps which
+quickest first, until one fails. About an hour and a half for 190 changes on two cores. FOLDER keeps which
 test reaches which line, and every result as it is had: the same command goes on where it was
 interrupted. Writes docs/mutants.md.
 
@@ -33,7 +33,7 @@ from tests.conftest import ROOT, SHARED
 
 # Places drawn in each room. streamgauge/ is as large as the other three together.
 ROOMS = {"invariants": 40, "streamgauge": 80, "fixtures": 35, "reports": 35}
-SECONDS = 150  # of tests that a change is given to be noticed in
+SECONDS = 90  # of tests that a change is given to be noticed in
 TABLE = ROOT / "docs" / "mutants.md"
 WORDS = Path(__file__).with_name("mutants.toml")
 COVERAGE = """[run]
@@ -48,8 +48,8 @@ HEAD = """# Which faults in streamgauge's own code its tests find
 
 {drawn} places of the code, drawn with seed {seed}, each changed once by cosmic-ray {version} in a
 clone; of the tests that reach the changed line, quickest first, as many are run as take
-{seconds} s, until one fails. *Survivors* are what none of these noticed, those that cannot be noticed from
-outside among them.
+{seconds} s, until one fails. *Survivors* are what none of these noticed, those that cannot be
+noticed from outside among them.
 
 Made by `python -m tests.benchmarks.mutants`.
 
