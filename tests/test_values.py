@@ -461,12 +461,13 @@ def share_of(kind: str, out: np.ndarray) -> Callable[[np.ndarray], float]:
     """Of the growth of random input's answers in that of some prompts' outputs, the answers drawn
     within their errors.
     """
-    dice, slopes = np.random.default_rng(98), np.array([slope(column) for column in out.T])
+    dice = np.random.default_rng(98)
+    slopes = {token: slope(out[:, token]) for token in np.flatnonzero(TEXT)}
 
     def share(prompts: np.ndarray) -> float:
         noise = A[f"random_input/{kind}_error"] * dice.standard_normal(N_LAYERS)
         answers = A[f"random_input/{kind}_norm"] + noise
-        return slope(answers) / float(slopes[tokens_of(prompts)].mean())
+        return slope(answers) / float(np.mean([slopes[t] for t in tokens_of(prompts)]))
 
     return share
 
@@ -627,6 +628,20 @@ def test_a_theorem_fails_from_its_bound_on(
         row = found.row(law)
         assert row["outcome"] == outcome, row
     assert what in row["values"][-1]["what"] and row["value"] == row["values"][-1]["value"]
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_circuit_s_ratio_is_held_to_the_digits_it_was_published_with(
+    side: int, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    RECORD.save(tmp_path / "it.safetensors")
+    ratio = circuit_ratio(heads("W_OV_frobenius"))
+    for part, outcome in ((0.99, "pass"), (1.01, "fail")):
+        said = f"ratio = {ratio + side * part * 0.0015}\n"
+        (tmp_path / "circuits.toml").write_text(CIRCUITS + said)
+        given = ["--record", tmp_path / "it.safetensors", "--circuits", tmp_path / "circuits.toml"]
+        row = audit(*given, laws="invariants/attention/test_circuit_norms.py").rows[0]
+        assert row["outcome"] == outcome and row["value"] == pytest.approx(ratio)
 
 
 def test_a_sum_of_more_terms_may_be_off_by_more(

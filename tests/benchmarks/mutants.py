@@ -2,8 +2,8 @@
 
 `python -m tests.benchmarks.mutants FOLDER` draws places of the code by a seed, lets cosmic-ray
 change one at a time in a clone of the last commit, and runs the tests that reach the changed line,
-quickest first, until one fails. About an hour and a half for 190 changes on two cores. FOLDER keeps which
-test reaches which line, and every result as it is had: the same command goes on where it was
+quickest first, until one fails. About an hour and a half for 190 changes on two cores. FOLDER keeps
+which test reaches which line, and every result as it is had: the same command goes on where it was
 interrupted. Writes docs/mutants.md.
 
 A place is an operator, comparison, number, boolean, loop, decorator or handler; which of
