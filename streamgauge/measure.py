@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.catalogued import location
+from streamgauge.checkpoints.contents import pickles_that_differ
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import load_tokenizer
@@ -45,7 +46,7 @@ MEASURING = ("torch", "transformers", "transformer_lens", "accelerate", "greenle
 # Raise a group's number whenever a change to it alters what is measured: stored records gain it
 # anew, and keep the others.
 GROUPS = {
-    "instrument": 1,
+    "instrument": 2,
     "stream": 2,
     "weights": 5,
     "neurons": 1,
@@ -91,15 +92,18 @@ def measure(
     until the 95% interval of the growth rate is narrower than this. rows: token ids to measure on
     instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
     are taken over where they are as this instrument would measure them. store: a folder of
-    records, as --store names it: the record of this very checkpoint is taken from there, and a new
-    one is kept there. show: progress on stderr, by default in notebooks alone.
-    Raises UnknownModelError, CheckpointError, HubError, PromptError or StoreError, each with one
-    sentence for the user.
+    records, as --store names it: the record of this very checkpoint is taken from there where it
+    holds what is asked for, and what is measured is added to it; `known` counts where there is
+    none. show: progress on stderr, by default in notebooks alone.
+    Raises UnknownModelError, CheckpointError, HubError, PromptError, StoreError, NotInstalledError,
+    or NotMeasured where files change meanwhile, each with one sentence for the user.
 
     >>> record = measure("./checkpoint")  # doctest: +SKIP
     >>> record.resid_pre.shape  # layers, tokens  # doctest: +SKIP
     (16, 1304)
     """
+    if store is None:
+        _require_measuring()  # before anything is fetched
     if isinstance(model, Checkpoint):
         checkpoint = model
     else:
@@ -129,8 +133,8 @@ def measure(
     if store is None:
         return _measure(asked, known)
     if not isinstance(store, Store):
-        store = Store(Path(store))
-        store.prepare()
+        store = Store(Path(store).expanduser())
+        store.prepare("store=")
     return _stored(asked, known, store, store.key(checkpoint, prompts, device, rows, precision))
 
 
@@ -142,18 +146,33 @@ def _stored(asked: "Asked", known: Record | None, store: Store, key: str) -> Rec
     found = store.find(key)
     if found is not None and set(asked.wanted.groups) <= set(current_groups(found, asked.wanted)):
         return found
-    # What is kept gains groups and loses none.
-    held = [] if found is None else current_groups(found, asked.wanted)
-    groups = tuple(name for name in GROUPS if name in (*asked.wanted.groups, *held))
-    asked = replace(asked, wanted=replace(asked.wanted, groups=groups))
+    _require_measuring()
     digest = store.weights_sha256(asked.checkpoint)
     record = _measure(asked, found or known, digest)
     if store.weights_sha256(asked.checkpoint) != digest:
         raise NotMeasured(
             f"the weights in {asked.checkpoint.folder} changed while they were measured; run again."
         )
+    # Read again: another process may have added to it in the meantime.
+    record = _with_others(record, store.find(key) or found)
     store.keep(key, record)
     return record
+
+
+def _with_others(record: Record, stored: Record | None) -> Record:
+    """A record with the groups that a stored one of the same checkpoint and prompts has besides;
+    not with those of an older instrument, whose numbers may be others.
+    """
+    if stored is None or stored.metadata.get("prompts_sha256") != record.metadata["prompts_sha256"]:
+        return record
+    others = {
+        name: version
+        for name, version in stored.groups.items()
+        if name not in record.groups and version == GROUPS.get(name)
+    }
+    said = {name: dict(record.metadata[name]) for name in ("absent", "failed", "lacking")}
+    metadata = record.metadata | said | {"groups": record.groups | others}
+    return Record(record.arrays | _take_over(stored, list(others), metadata), metadata)
 
 
 def _require_measuring() -> None:
@@ -196,7 +215,6 @@ class Asked:
 
 def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> Record:
     """Measure it; digest: the weights' sha256, where it is known."""
-    _require_measuring()
     from streamgauge.engine.blockwise import Blockwise
     from streamgauge.engine.layout import probe_layout
     from streamgauge.engine.load import load_model
@@ -229,9 +247,15 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
             plan = make_plan(model, layout, rows, missing, wanted.horizons, checkpoint)
         visitors: dict[str, Group] = {"tensors": tensors, **(plan.visitors if plan else {})}
         walk(model, visitors, accounts=accounts, show=show, stop=lambda: tensors.broken)
+        tensors.say_twins()
 
         metadata = _metadata(checkpoint, tensors, layout, wanted)
-        metadata["integrity"] |= {"unread": opened.unread, "tokenizer": beyond}
+        metadata["integrity"] |= {
+            "unread": opened.unread,
+            "tokenizer": beyond,
+            "untied": opened.untied,
+            "beside": pickles_that_differ(checkpoint.folder, checkpoint.files),
+        }
         metadata |= {"precision": reached, "left_out": opened.left_out}
         arrays: dict[str, np.ndarray] = {}
         if plan is None or tensors.broken:
@@ -348,7 +372,9 @@ def current_groups(record: Record, wanted: Wanted) -> list[str]:
         and not set(tried) <= set(record.arrays)
     ):
         current.remove("horizon")
-    if "patching" in current and record.metadata.get("tasks_sha256") != tasks_sha256(wanted.tasks):
+    # Where no task is asked for, those that were measured do no harm.
+    tasks = tasks_sha256(wanted.tasks)
+    if "patching" in current and wanted.tasks and record.metadata.get("tasks_sha256") != tasks:
         current.remove("patching")
     return current
 
@@ -362,6 +388,8 @@ def _kept(known: Record | None, rows: Prompts | None, wanted: Wanted) -> list[st
 
 def _take_over(known: Record, kept: list[str], metadata: dict[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of an earlier record's groups; what is said of them goes into the new metadata."""
+    if "patching" in kept:
+        metadata["tasks_sha256"] = known.metadata.get("tasks_sha256")
     for said in ("absent", "failed", "lacking"):
         of_old = known.metadata.get(said, {}).items()
         metadata[said] |= {name: why for name, why in of_old if name.split("/")[0] in kept}

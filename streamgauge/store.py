@@ -73,9 +73,9 @@ class Store:
 
     folder: Path
 
-    def prepare(self) -> None:
+    def prepare(self, option: str = "--store") -> None:
         """Make the folder and see that it can be written. Raises StoreError."""
-        prepare_folder(self.folder, "the store", "--store")
+        prepare_folder(self.folder, "the store", option)
 
     def find(self, key: str) -> Record | None:
         """The record that is kept under a key; None for a damaged one, which is deleted."""
@@ -93,7 +93,7 @@ class Store:
         try:
             record.save(self._path(key))
         except StoreError as error:
-            warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=3)
+            warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=4)
 
     def _path(self, key: str) -> Path:
         return self.folder / "records" / f"{key}.safetensors"

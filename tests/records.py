@@ -90,7 +90,7 @@ def sound_record(
         "lacking": {},
         "failed": {},
         "matrices": {},
-        "integrity": {"not_finite": [], "dead": [], "alike": [], "reset": []},
+        "integrity": {kind: [] for kind in ("not_finite", "dead", "alike", "reset", "repeated")},
         "convention": "folded, centred",
         "revision": "test",
         "weights_sha256": None,
@@ -230,10 +230,11 @@ def made_up(n_layers: int, seed: int = 7) -> Record:
     arrays["stream/ln1_scale"] *= 1 + 1e-7 * dice.standard_normal((n_layers, 48))
     # The last horizon leaves nothing out.
     arrays[f"horizon/loss.{DEFAULT.name}"][-1] = arrays["horizon/clean_loss"]
+    arrays["horizon/tokens"] = np.arange(3, 3 + PROMPTS, dtype=np.int32)
     growing = 1.1 ** np.arange(n_layers)
     for name in ("W_in", "W_in_raw", "W_in_W_out", "b_in_W_out", "b_out"):
         arrays[f"weights/{name}"] = arrays[f"weights/{name}"] * growing
-    integrity = {"not_finite": [], "dead": [], "alike": [], "reset": ["layer 4: ln_1"]}
+    integrity = sound.metadata["integrity"] | {"reset": ["layer 4: ln_1"]}
     return Record(arrays, sound.metadata | {"integrity": integrity})
 
 

@@ -106,7 +106,7 @@ def shard_outside(folder: Path) -> None:
 
 def index_beside_weights(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model.safetensors"}})
+        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
     )
 
 
@@ -277,6 +277,23 @@ def test_token_id_beyond_the_vocabulary(folder: Path, tmp_path: Path) -> None:
         PromptError, match=r"prompt 2 holds token id 151, but the embedding has 97 rows"
     ):
         streamgauge.measure(folder, prompts=tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(("words", "fault"), [(97, None), (98, 97), (150, 149)])
+def test_a_tokenizer_of_more_tokens_than_rows_is_a_fault(
+    words: int, fault: int | None, folder: Path
+) -> None:
+    word_tokenizer(folder, [f"w{n}" for n in range(words)])
+    said = streamgauge.measure(folder, groups=["weights"]).metadata["integrity"]["tokenizer"]
+    wanted = [f"the tokenizer has token ids up to {fault}, the embedding 97 rows"]
+    assert said == (wanted if fault else [])
+
+
+def test_a_file_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("model.safetensors", "./model.safetensors", "./nothing", "/nothing"):
+        with pytest.raises(UnknownModelError, match=f"{name} is not a folder with a checkpoint"):
+            open_checkpoint(name)
 
 
 def test_without_a_tokenizer_the_model_writes_the_prompts(folder: Path) -> None:

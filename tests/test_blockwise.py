@@ -276,6 +276,15 @@ def test_an_interval_takes_several_prompts_of_several_tokens(texts: int, kept: i
     assert sum(len(row) > 1 for row in drawn.rows) == min(texts, 8)
 
 
+@pytest.mark.parametrize(("length", "looked"), [(1, False), (2, True)])
+def test_two_tokens_are_enough_to_grow(length: int, looked: bool) -> None:
+    model = models.blockwise(models.planted_gpt2(1.05))
+    rows = Prompts([[1, n][:length] for n in range(4, 24)], "rows", 1)
+    drawn, reached = enough_prompts(model, probe_layout(model), rows, 0.5, show=False)
+    assert len(drawn.rows) == (8 if looked else 20)
+    assert (reached["reached"] is not None) == looked
+
+
 def test_precision_on_the_command_line(audit: Callable[..., Any], tmp_path: Path) -> None:
     found = audit("--model", "pystdlib-3m", "--precision", "0.5", "-k", "growth_rate")
     row = found.row("residual/growth_rate")

@@ -42,7 +42,7 @@ COVERED = {
     "MLP: hidden structure": ["mlp/hidden_structure"],
     "weights: writing grows, reading does not": ["weights/writing_grows", "weights/reading_stays"],
     "weights: embedding norm": ["weights/embedding_norm"],
-    "weights: integrity": ["weights/integrity", "weights/gains_vary"],
+    "weights: integrity": ["weights/integrity", "weights/gains_vary", "weights/repeated_blocks"],
     "attention: spectral trajectory": [
         "attention/circuit_norms",
         "attention/circuit_spectral",

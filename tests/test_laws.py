@@ -23,7 +23,6 @@ from tests.conftest import Audit
 from tests.records import changed, replaced, sound_record, sound_xl
 
 Auditing = Callable[..., Audit]
-THEOREMS = {law.id for law in laws() if law.kind == "theorem"}
 
 
 def _scaled(name: str, factor: float, where: tuple[Any, ...]) -> Callable[[], Record]:
@@ -64,7 +63,7 @@ def _heads_reversed(n_layers: int) -> Record:
 
 def _faulty(kind: str) -> Callable[[], Record]:
     return lambda: sound_record(
-        integrity={"not_finite": [], "dead": [], "alike": [], "reset": []}
+        integrity={"not_finite": [], "dead": [], "alike": [], "reset": [], "repeated": []}
         | {kind: ["h.3.mlp.c_fc.weight"]}
     )
 
@@ -338,6 +337,14 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
     ("weights/integrity", "dead", _faulty("dead"), "matrices that are all zero | h.3.mlp"),
     ("weights/integrity", "alike", _faulty("alike"), "matrices that repeat | h.3.mlp"),
     ("weights/integrity", "dead-head", _dead_head, "heads with ‖W_OV‖ = 0 | layer 5 head 2"),
+    (
+        "weights/repeated_blocks",
+        "upscaled",
+        _faulty("repeated"),
+        "runs of repeated blocks | h.3.mlp",
+    ),
+    ("weights/integrity", "untied", _faulty("untied"), "the embedding they are tied to"),
+    ("weights/integrity", "beside", _faulty("beside"), "files beside that hold other weights"),
     ("weights/gains_vary", "gain-reset", _faulty("reset"), "gains that are constant"),
     (
         "residual/fast_start",

@@ -32,7 +32,13 @@ from streamgauge.numerics.growth import (
     reproduced_share,
     resampled_means,
 )
-from streamgauge.numerics.horizons import all_variants, default_grid, effective_horizon, variants_of
+from streamgauge.numerics.horizons import (
+    all_variants,
+    default_grid,
+    effective_horizon,
+    horizon_interval,
+    variants_of,
+)
 from streamgauge.numerics.matrices import strided
 from streamgauge.numerics.names import block_of, layer_of, part_of
 from streamgauge.numerics.rounding import other_order
@@ -276,6 +282,14 @@ def test_the_horizon_is_interpolated_and_nan_where_none_is_near_enough() -> None
     assert effective_horizon(k, loss * 0 + clean, clean, tokens) == 0
     assert math.isnan(effective_horizon(k, loss + 1, clean, tokens))
     assert math.isnan(effective_horizon(k, loss * np.nan, clean, tokens))
+
+
+def test_an_interval_of_horizons_is_open_where_prompts_lie_beyond_all() -> None:
+    k, clean, tokens = np.array([0, 4]), np.ones(8), np.ones(8)
+    loss = np.array([clean + 2, clean])
+    loss[1, 3] = 2.0  # an eighth of the tokens: one draw of it is 0.125 nats, which is too much
+    low, high = horizon_interval(k, loss, clean, tokens)
+    assert 3.5 < low < 4 and high == math.inf
 
 
 # ---- Names, rows, counting, sketches

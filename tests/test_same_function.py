@@ -235,3 +235,18 @@ def test_what_is_measured_anew_is_checked_anew(
     del known.metadata["groups"]["weights"]  # as if an older instrument had measured them
     record = streamgauge.measure(folder, known=known, groups=["weights"])
     assert "block 1's mlp_out differs" in record.metadata["failed"]["weights"]
+
+
+def test_the_gain_is_that_of_a_small_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another small change: a block is linear there, or the gain says nothing of rounding."""
+    from streamgauge.groups import instrument
+
+    def gains() -> np.ndarray:
+        model = models.blockwise(models.random_model("gpt2"))
+        group = instrument.InstrumentGroup(model, None, "none is needed")
+        found, _ = models.measure_group(model, group)
+        return np.asarray(found["gain"])
+
+    own = gains()
+    monkeypatch.setattr(instrument, "NUDGE", 2.0**-14)
+    np.testing.assert_allclose(own, gains(), rtol=0.02)

@@ -66,24 +66,80 @@ def test_second_time_comes_from_the_store(
     assert second.metadata == first.metadata
 
 
+def marked(store: Store, name: str) -> Record:
+    """The one stored record, with one of its arrays changed, so that measuring it anew shows."""
+    (path,) = records(store)
+    record = Record.load(path)
+    record.arrays[name] = 3 * record.arrays[name]
+    record.save(path)
+    return record
+
+
 def test_a_folder_of_records_can_be_named_and_gains_groups(folder: Path, tmp_path: Path) -> None:
     """A notebook's way: some groups now, others later, none lost and none measured twice."""
     path = tmp_path / "new" / "store"
     first = measure(folder, store=path, groups=["weights"])
     assert set(first.groups) == {"instrument", "weights"} and "stream/resid_pre" not in first.arrays
+    marked(Store(path), "weights/W_OV_frobenius")
     both = measure(folder, store=str(path), groups=["stream"])
     assert set(both.groups) == {"instrument", "weights", "stream"}
     np.testing.assert_array_equal(
-        both.array("weights/W_OV_frobenius"), first.array("weights/W_OV_frobenius")
+        both.array("weights/W_OV_frobenius"), 3 * first.array("weights/W_OV_frobenius")
     )
+    marked(Store(path), "stream/resid_pre")
     again = measure(folder, store=path, groups=["weights", "stream"])
-    assert again.metadata == both.metadata and len(records(Store(path))) == 1
+    np.testing.assert_array_equal(again.resid_pre, 3 * both.resid_pre)
+    assert len(records(Store(path))) == 1
+
+
+def test_what_is_stored_is_kept_whatever_is_asked_for_next(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(folder, store=store, groups=["horizon", "weights"])
+    (path,) = records(store)
+    record = Record.load(path)
+    record.metadata["groups"] |= {"patching": GROUPS["patching"]}
+    record.metadata["tasks_sha256"] = "of some task"
+    record.arrays["patching/own"] = np.ones((12, models.HEADS))
+    record.save(path)
+    found = measure(folder, store=store, groups=["padding", "patching"], horizons="all")
+    assert {"horizon", "weights", "padding", "patching"} <= set(found.groups)
+    assert found.metadata["tasks_sha256"] == "of some task" and "patching/own" in found.arrays
+    assert set(Record.load(path).arrays) == set(found.arrays)
+    # What an older instrument measured may be wrong, and is not handed on.
+    monkeypatch.setitem(GROUPS, "weights", 99)
+    assert "weights" not in measure(folder, store=store, groups=["neurons"]).groups
+
+
+def test_processes_that_add_to_one_record_lose_nothing(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("streamgauge.measure")
+    real, others = module._measure, []
+
+    def slow(asked: Any, *more: Any) -> Record:
+        record = real(asked, *more)
+        if not others:  # another process is done in the meantime
+            others.append(True)
+            measure(folder, store=store, groups=["weights"])
+        return record
+
+    monkeypatch.setattr(module, "_measure", slow)
+    found = measure(folder, store=store, groups=["padding"])
+    assert set(found.groups) == {"instrument", "weights", "padding"}
+    assert set(Record.load(records(store)[0]).groups) == set(found.groups)
 
 
 def test_a_store_that_cannot_be_written_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"the store .*file.* cannot be written"):
+    with pytest.raises(StoreError, match=r"the store .*file.* cannot be written .* with store="):
         measure(folder, store=tmp_path / "file" / "store")
+
+
+def test_a_home_is_a_home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    measure(folder, store="~/records", groups=["weights"])
+    assert len(records(Store(tmp_path / "records"))) == 1
 
 
 def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path: Path) -> None:

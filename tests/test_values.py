@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from streamgauge.laws import laws
+from streamgauge.record import Record
 from tests.conftest import ROOT, Audit
 from tests.records import D_MODEL, made_up, replaced, sound_record
 
@@ -264,7 +265,8 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     "weights/reading_stays": lambda: [heads("W_in_raw")[-1] / heads("W_in_raw")[0]],
     "weights/embedding_norm": lambda: [np.linalg.norm(RESID[0, TEXT]) / TEXT.sum() ** 0.5],
     "weights/gains_vary": lambda: [1],
-    "weights/integrity": lambda: [0] * 6,
+    "weights/repeated_blocks": lambda: [0],
+    "weights/integrity": lambda: [0] * 8,
     "depth/earlier_outputs_fade": lambda: [
         np.exp(slope((A["sublayers/pre_dot_mlp_0"] / (PRE * MLP[0]))[:, TEXT].mean(1)))
     ],
@@ -628,6 +630,50 @@ def test_a_theorem_fails_from_its_bound_on(
         row = found.row(law)
         assert row["outcome"] == outcome, row
     assert what in row["values"][-1]["what"] and row["value"] == row["values"][-1]["value"]
+
+
+@pytest.mark.parametrize("law", ["weights/gains_vary", "weights/integrity"])
+def test_three_faults_are_named_of_however_many(
+    law: str, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    kind = "reset" if law == "weights/gains_vary" else "alike"
+    faults = RECORD.metadata["integrity"] | {kind: [f"tensor {n}" for n in range(4)]}
+    Record(A, RECORD.metadata | {"integrity": faults}).save(tmp_path / "it.safetensors")
+    law_file = f"invariants/weights/test_{law.split('/')[1]}.py"
+    check = audit("--record", tmp_path / "it.safetensors", laws=law_file).rows[0]["values"][-1]
+    assert check["value"] == 4 and check["of"] == "tensor 0; tensor 1; tensor 2"
+
+
+@pytest.mark.parametrize(("step", "rises"), [(0.0, 0.0), (0.5, np.inf), (-0.5, -np.inf)])
+def test_a_loss_that_moves_alike_for_all_prompts(
+    step: float, rises: float, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    name = "horizon/loss.dropped.recomputed.mean.everywhere"
+    loss = 3 + step * np.arange(len(A["horizon/k"]))[:, None] + 0 * A[name]
+    replaced(RECORD, {name: loss}).save(tmp_path / "it.safetensors")
+    law = "invariants/depth/test_loss_falls_with_horizon.py"
+    value = audit("--record", tmp_path / "it.safetensors", laws=law).rows[0]["value"]
+    assert value == rises or (abs(rises) == np.inf and (value is None or value * rises > 1e9))
+
+
+def test_every_theorem_is_held_to_its_bound() -> None:
+    on_files = {
+        f"attention/{law}" for law in ("frobenius_is_random_response", "amplification_bound")
+    }
+    counts = {"weights/integrity"}  # none or some
+    theorems = {law.id for law in laws() if law.kind == "theorem"}
+    assert {law for law, *_ in EDGES} | on_files | counts == theorems
+
+
+@pytest.mark.parametrize("b_O", [[0.0, 0, 0, 1], [0.0, 0, 1, 1], [1.0]])
+def test_a_leap_needs_biases_to_leap_from(
+    b_O: list[float], audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    made = replaced(sound_record(n_layers=len(b_O)), {"weights/b_O": np.array(b_O)})
+    made.save(tmp_path / "it.safetensors")
+    law = "invariants/attention/test_last_output_bias.py"
+    row = audit("--record", tmp_path / "it.safetensors", laws=law).rows[0]
+    assert row["reason"] == "no layer before the last has a bias in attention, or few have"
 
 
 @pytest.mark.parametrize("side", [-1, 1])

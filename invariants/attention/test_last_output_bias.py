@@ -18,9 +18,9 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_last_output_bias(record: Record, band: Band, check) -> None:
     b_O = record.array("weights/b_O")
-    before = np.median(b_O[:-1]) if len(b_O) > 1 else 0
+    before = np.median(b_O[:-1]) if len(b_O) > 1 else 0.0
     if not before:
-        raise NotApplicable("most layers before the last have no bias in attention")
+        raise NotApplicable("no layer before the last has a bias in attention, or few have")
     check(
         b_O[-1] / before,
         within=band,

@@ -3,8 +3,9 @@ row for each token.
 
 Counts of tensors that hold NaN or Inf, of block matrices that are all zero, of heads with ‖W_OV‖ =
 0, of block matrices that equal the same matrix of another layer, of tensors in the files' blocks
-that the configuration leaves no place for, and of tokenizers with ids beyond the embedding. All
-must be zero.
+that the configuration leaves no place for, of tokenizers with ids beyond the embedding, of heads
+that differ from the embedding that the configuration ties them to, and of pickled weights beside
+the safetensors that hold other numbers. All must be zero.
 Source: no trained checkpoint has these; conversions, merges and truncated copies do.
 Applies to: every checkpoint.
 """
@@ -22,6 +23,8 @@ FAULTS = {
     "alike": "matrices that repeat",
     "unread": "tensors that the model has no place for",
     "tokenizer": "tokens without a row in the embedding",
+    "untied": "heads that differ from the embedding they are tied to",
+    "beside": "files beside that hold other weights",
 }
 
 

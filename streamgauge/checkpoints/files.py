@@ -4,14 +4,15 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from streamgauge.checkpoints.contents import adapter_alone, adapter_beside, held_twice
+from streamgauge.checkpoints.headers import headers, read_tensor
 from streamgauge.checkpoints.untrusted import (
     PICKLED,
     TEXTS,
@@ -26,6 +27,7 @@ from streamgauge.record import write_whole
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NAMED = "pytorch_model.bin"
+OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
 WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
@@ -150,7 +152,8 @@ def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
 def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} has no config.json; name the folder that save_pretrained wrote."
+            adapter_alone(folder)
+            or f"{folder} has no config.json; name the folder that save_pretrained wrote."
         )
     refuse_links(folder)
     refuse_large_texts(folder)
@@ -161,9 +164,9 @@ def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
             "refused."
         )
     files = tuple(_weight_files(folder))
-    for file in files:
-        with _open(file):
-            pass
+    wrong = adapter_beside(folder) or held_twice(files)
+    if wrong:
+        raise CheckpointError(wrong)
     checkpoint = Checkpoint(name, folder, files, revision)
     refuse_counts(folder / "config.json", config, len(tensor_names(checkpoint)))
     return checkpoint
@@ -195,13 +198,22 @@ def _pickles(folder: Path) -> list[Path]:
     pickle there is.
     """
     named = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
-    others = sorted(path for path in folder.iterdir() if path.suffix in PICKLED and path.is_file())
+    others = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in PICKLED and path.is_file() and not _of_training(path)
+    )
     if not named and len(others) > 1:
         raise CheckpointError(
             f"{folder} has {len(others)} pickled files, {others[0].name} first; call the one "
             f"with weights {NAMED}."
         )
     return named or others
+
+
+def _of_training(path: Path) -> bool:
+    """Whether a pickle is what a trainer keeps beside the weights: no weights in it."""
+    return path.name.startswith(OF_TRAINING)
 
 
 def _convert(pickles: list[Path], target: Path) -> None:
@@ -241,7 +253,8 @@ def _convert(pickles: list[Path], target: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file() and (folder / SINGLE).is_file():
+    # Some tools write an index beside a single file too, of that file alone.
+    if (folder / INDEX).is_file() and (folder / SINGLE).is_file() and _shards(folder) != {SINGLE}:
         raise CheckpointError(
             f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant."
         )
@@ -262,7 +275,10 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / s for s in sorted(shards)]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if any(path.suffix in PICKLED for path in folder.iterdir()):
+    alone = adapter_alone(folder)
+    if alone:
+        raise CheckpointError(alone)
+    if any(path.suffix in PICKLED and not _of_training(path) for path in folder.iterdir()):
         raise CheckpointError(
             f"{folder} holds pickled weights only, which can run code when they are opened; "
             "give --allow-pickle where you trust them, or convert them with save_pretrained."
@@ -283,19 +299,6 @@ def _shards(folder: Path) -> set[str]:
     return set(weight_map.values())
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or corrupt ({error}); copy the checkpoint again."
-        ) from error
-
-
 def weights_sha256(checkpoint: Checkpoint) -> str:
     """The sha256 of the weight file, or of the lines `sha256 name` of the shards."""
     digests = [(_sha256(path), path.name) for path in checkpoint.files]
@@ -313,7 +316,7 @@ def _sha256(path: Path) -> str:
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:
     """Every tensor's name, and the file it lies in."""
-    return {name: path for name, path, _ in _headers(checkpoint)}
+    return {header.name: header.path for header in headers(checkpoint.files)}
 
 
 def count_elements(checkpoint: Checkpoint) -> int:
@@ -322,36 +325,19 @@ def count_elements(checkpoint: Checkpoint) -> int:
     """
     packed = {"I32": 8, "U8": 4, "I8": 4}
     return sum(
-        math.prod(part.get_shape()) * packed.get(part.get_dtype(), 1)
-        for _, _, part in _headers(checkpoint)
+        math.prod(header.shape) * packed.get(header.dtype, 1)
+        for header in headers(checkpoint.files)
     )
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """The dtype of each tensor in the files' headers, as safetensors spells it: `F16`, `BF16`."""
-    return {name: part.get_dtype() for name, _, part in _headers(checkpoint)}
+    return {header.name: header.dtype for header in headers(checkpoint.files)}
 
 
-def _headers(checkpoint: Checkpoint) -> Iterator[tuple[str, Path, Any]]:
-    """Each tensor's name, its file, and its slice, which knows shape and dtype and has read
-    nothing.
-    """
-    for path in checkpoint.files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, path, file.get_slice(name)
-
-
-def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor as numpy; bf16 comes as ml_dtypes.bfloat16.
-
-    Raises CheckpointError where it is not there.
-    """
-    import ml_dtypes  # noqa: F401  importing it teaches safetensors' numpy side about bf16
-
-    with _open(path) as file:
-        array: np.ndarray = file.get_tensor(name)
-        return array
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the files' headers."""
+    return {header.name: header.shape for header in headers(checkpoint.files)}
 
 
 def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], np.ndarray]:

@@ -10,10 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from streamgauge.checkpoints.contents import why_unfit
 from streamgauge.checkpoints.files import (
     Checkpoint,
     count_elements,
     stored_dtypes,
+    stored_shapes,
     tensor_names,
 )
 from streamgauge.checkpoints.untrusted import refuse_sizes, strange
@@ -22,6 +24,7 @@ from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.names import LAYER, layer_of
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
+FURTHER = re.compile(r"nextn_predict_layers$|^mtp_num.*layers$|^num_mtp.*layers$")
 # What parts beside a language model are called.
 BESIDE = re.compile(r"vision|visual|image|audio|speech|multi_modal|projector")
 
@@ -32,11 +35,13 @@ class Opened:
 
     unread: names of tensors in the files' blocks that the model has no place for. left_out: in
     words, the parts beside the language model that are not measured; None where there are none.
+    untied: a line where the files hold a head of its own that the configuration ties.
     """
 
     mapped: Mapped
     unread: list[str]
     left_out: str | None
+    untied: list[str]
 
 
 def load_model(checkpoint: Checkpoint, device: str) -> Opened:
@@ -60,9 +65,9 @@ def load_model(checkpoint: Checkpoint, device: str) -> Opened:
     dtype = _mapped_dtype(checkpoint)
     model, loading = _fill(checkpoint, auto, config, dtype)
     own = _language_model(model)
-    _refuse_missing(checkpoint, [name for name in loading["missing_keys"] if own(name)])
-    depth = config.get_text_config().num_hidden_layers
-    _refuse_beyond(checkpoint, loading["unexpected_keys"], depth)
+    missing = [name for name in loading["missing_keys"] if own(name)]
+    _refuse_missing(checkpoint, auto, config, missing)
+    _refuse_beyond(checkpoint, loading["unexpected_keys"], config.get_text_config())
     unread = _unread(model, loading["unexpected_keys"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {name: parameter.data for name, parameter in parameters.items() if own(name)}
@@ -81,7 +86,26 @@ def load_model(checkpoint: Checkpoint, device: str) -> Opened:
     left_out = None
     if config.get_text_config() is not config:
         left_out = _say_left_out(tensor_names(checkpoint), stored)
-    return Opened(mapped, unread, left_out)
+    return Opened(mapped, unread, left_out, _untied(mapped, config))
+
+
+def _untied(mapped: Mapped, config: Any) -> list[str]:
+    """One line where the head differs from the embedding that the configuration ties it to."""
+    import torch
+
+    embedding, head = mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings()
+    places = {id(module): name for name, module in mapped.model.named_modules()}
+    names = [f"{places.get(id(module))}.weight" for module in (embedding, head)]
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    if not tied or not set(names) <= set(mapped.stored):
+        return []
+    one, other = (mapped.stored[name] for name in names)
+    if one.data_ptr() == other.data_ptr() or torch.equal(one, other):
+        return []
+    return [
+        f"{names[1]} differs from {names[0]}, which tie_word_embeddings ties it to: transformers 5 "
+        "keeps both, older versions drop it"
+    ]
 
 
 def _configured(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -126,22 +150,55 @@ def _fill(checkpoint: Checkpoint, auto: Any, config: Any, dtype: Any) -> tuple[A
             output_loading_info=True,
         )
     except strange(OSError, SafetensorError) as error:
+        why = _why_unfit(checkpoint, auto, config) or first_line(error)
         raise CheckpointError(
-            f"the weights in {checkpoint.folder} do not fit its config.json ({first_line(error)})."
+            f"the weights in {checkpoint.folder} do not fit its config.json: {why}."
         ) from error
     return model, loading
 
 
-def _refuse_missing(checkpoint: Checkpoint, missing: list[str]) -> None:
+def _why_unfit(checkpoint: Checkpoint, auto: Any, config: Any) -> str | None:
+    """What happened to files that do not fill the model, where names and shapes tell."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config)
+    except strange():
+        return None
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = stored_shapes(checkpoint)
+    # A model with a head knows names of the model without one as its own, and the other way round.
+    prefix = f"{model.base_model_prefix}."
+    for name in [name for name in held if name not in asked]:
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if other in asked:
+            held[other] = held.pop(name)
+    quantised = getattr(config, "quantization_config", None) is not None
+    return why_unfit(held, asked, quantised)
+
+
+def _refuse_missing(checkpoint: Checkpoint, auto: Any, config: Any, missing: list[str]) -> None:
     if missing:
+        why = _why_unfit(checkpoint, auto, config) or (
+            "the checkpoint is truncated or its config belongs to another model"
+        )
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, "
-            f"{min(missing)} first: "
-            "the checkpoint is truncated or its config belongs to another model."
+            f"{min(missing)} first: {why}."
         )
 
 
-def _refuse_beyond(checkpoint: Checkpoint, unexpected: Iterable[str], depth: int) -> None:
+def _refuse_beyond(checkpoint: Checkpoint, unexpected: Iterable[str], config: Any) -> None:
+    """Layers that predict further tokens lie beyond the depth, where the configuration says how
+    many there are.
+    """
+    further = sum(
+        number
+        for name, number in config.to_dict().items()
+        if FURTHER.search(name) and isinstance(number, int)
+    )
+    depth = config.num_hidden_layers + further
     beyond = [name for name in sorted(unexpected) if (layer_of(name) or 0) >= depth]
     if beyond:
         raise CheckpointError(

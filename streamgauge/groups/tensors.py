@@ -2,6 +2,7 @@
 its norm and its sketch.
 """
 
+import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.forward import Found
 from streamgauge.engine.pieces import frobenius_norm, sketch
-from streamgauge.numerics.names import LAYER
+from streamgauge.numerics.names import LAYER, layer_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,15 +21,17 @@ class Tensors:
     """What a model's tensors are like; those of a block are read when it is visited, all others at
     once.
 
-    problems: what is wrong with them by kind, one line each: not finite, all zero, or the same in
-    two layers. Of tensors that belong to a block only matrices are held to be alive and distinct:
-    biases and gains may rightly be zero, and are all alike before training.
+    problems: what is wrong with them by kind, one line each: not finite, all zero, the same in two
+    layers, or whole blocks that stand twice. Of tensors that belong to a block only matrices are
+    held to be alive and distinct: biases and gains may rightly be zero, and are all alike before
+    training.
     """
 
     def __init__(self, model: Blockwise, *, with_sketches: bool) -> None:
         self.model, self.with_sketches = model, with_sketches
         self.tensors = dict(model.mapped.unique())
-        self.problems: dict[str, list[str]] = {"not_finite": [], "dead": [], "alike": []}
+        self.problems: dict[str, list[str]] = {"not_finite": [], "dead": []}
+        self.twins: dict[str, str] = {}  # from a block's matrix to the earlier one that it equals
         self.norms: dict[str, float] = {}
         self.sketches: dict[str, np.ndarray] = {}
         self.distinct: dict[tuple[str, float], list[str]] = defaultdict(list)  # by kind and norm
@@ -97,4 +100,43 @@ class Tensors:
         if twin is None:
             others.append(name)
         else:
-            self.problems["alike"].append(f"{name} equals {twin}")
+            self.twins[name] = twin
+
+    def say_twins(self) -> None:
+        """When all are read: whole blocks that are repeated in order, and matrices that repeat by
+        themselves.
+        """
+        matrices = [[n for n in names if self.tensors[n].dim() > 1] for names in self.names]
+        runs = repeated_blocks(matrices, self.twins)
+        inside = {
+            n for first, last, _ in runs for names in matrices[first : last + 1] for n in names
+        }
+        self.problems["repeated"] = [
+            f"layers {first} to {last} are layers {first - back} to {last - back}"
+            for first, last, back in runs
+        ]
+        self.problems["alike"] = [
+            f"{name} equals {twin}" for name, twin in self.twins.items() if name not in inside
+        ]
+
+
+def repeated_blocks(matrices: list[list[str]], twins: dict[str, str]) -> list[tuple[int, int, int]]:
+    """Runs of blocks, two or more in order, each of whose matrices is that of the block so many
+    layers back, as depth upscaling leaves them: first, last, and how many back.
+
+    matrices: names by layer; twins: from a name to the earlier one that it equals. A block that
+    equals its own neighbour is none: copies that went wrong look so.
+    """
+    back = [_back(layer, own, twins) for layer, own in enumerate(matrices)]
+    runs = []
+    for number, group in itertools.groupby(range(len(back)), key=back.__getitem__):
+        layers = list(group)
+        if number >= 2 and len(layers) >= 2:
+            runs.append((layers[0], layers[-1], number))
+    return runs
+
+
+def _back(layer: int, own: list[str], twins: dict[str, str]) -> int:
+    """How many layers back the block lies that all matrices of this one equal; 0 for none."""
+    found = {layer - (layer_of(twins[name]) or 0) if name in twins else 0 for name in own}
+    return found.pop() if len(found) == 1 else 0

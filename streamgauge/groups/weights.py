@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.checkpoints.files import Checkpoint, read_tensor, tensor_names
+from streamgauge.checkpoints.files import Checkpoint, tensor_names
+from streamgauge.checkpoints.headers import read_tensor
 from streamgauge.engine.anatomy import is_norm
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.forward import Found, stacked

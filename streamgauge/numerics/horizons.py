@@ -112,5 +112,7 @@ def horizon_interval(
     """95% interval of effective_horizon when prompts are resampled. Seeded."""
     draws = np.random.default_rng(0).integers(0, len(clean), (resamples, len(clean)))
     found = [effective_horizon(k, loss[:, rows], clean[rows], tokens[rows]) for rows in draws]
-    low, high = np.quantile(found, [0.025, 0.975])
+    # Prompts that no horizon tried is near enough for have theirs beyond all of them.
+    beyond = np.where(np.isnan(found), np.inf, found)
+    low, high = np.quantile(beyond, [0.025, 0.975], method="nearest")
     return float(low), float(high)

@@ -13,10 +13,12 @@ cosmic-ray's changes it gets is drawn too. Annotations are left out: nothing run
 import argparse
 import ast
 import difflib
+import hashlib
 import itertools
 import json
 import os
-import random
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -29,10 +31,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT, SHARED
 
 # Places drawn in each room. streamgauge/ is as large as the other three together.
-ROOMS = {"invariants": 40, "streamgauge": 80, "fixtures": 35, "reports": 35}
+ROOMS = {"invariants": 32, "streamgauge": 64, "fixtures": 28, "reports": 28}
+TIMEOUT = "timeout"
 SECONDS = 90  # of tests that a change is given to be noticed in
 TABLE = ROOT / "docs" / "mutants.md"
 WORDS = Path(__file__).with_name("mutants.toml")
@@ -48,8 +53,10 @@ HEAD = """# Which faults in streamgauge's own code its tests find
 
 {drawn} places of the code, drawn with seed {seed}, each changed once by cosmic-ray {version} in a
 clone; of the tests that reach the changed line, quickest first, as many are run as take
-{seconds} s, until one fails. *Survivors* are what none of these noticed, those that cannot be
-noticed from outside among them.
+{seconds} s, until one fails. For a line that runs when its file is imported, half of these are
+tests of other files. The tests that failed are run once more on unchanged code, where they pass.
+*Survivors* are what no test noticed, those that cannot be noticed from outside among them;
+{timeouts} of what was found ended in a test that took five times as long.
 
 Made by `python -m tests.benchmarks.mutants`.
 
@@ -101,9 +108,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 # ---- Clones, and which test reaches which line
 
 
-def clone(folder: Path) -> Path:
-    """The last commit in a folder of its own, with what lies beside the clone beside it."""
-    commit = git("rev-parse", "HEAD")
+def clone(folder: Path, commit: str) -> Path:
+    """A commit in a folder of its own, with what lies beside the clone beside it."""
     if not folder.is_dir():
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         beside = folder.parent / SHARED.name
@@ -111,7 +117,14 @@ def clone(folder: Path) -> Path:
             beside.symlink_to(SHARED)
     subprocess.run(["git", "-C", folder, "fetch", "-q"], check=True)
     subprocess.run(["git", "-C", folder, "reset", "-q", "--hard", commit], check=True)
+    clean(folder)
     return folder
+
+
+def clean(house: Path) -> None:
+    """Take away what a test or a change may have left in a clone."""
+    for command in (["checkout", "-q", "--", "."], ["clean", "-fdqx"]):
+        subprocess.run(["git", "-C", house, *command], check=True)
 
 
 def git(*arguments: str) -> str:
@@ -161,13 +174,14 @@ class Reached:
         return [test for test, end in zip(in_order, ends, strict=True) if end <= seconds]
 
 
-def reached(folder: Path) -> Reached:
+def reached(folder: Path, commit: str) -> Reached:
     """What the whole suite reaches, which has to pass on unchanged code."""
     import coverage
 
-    data = folder / "reached" / "coverage"
-    house = clone(folder / "unchanged")
-    if not data.is_file():
+    data, note = folder / "reached" / "coverage", folder / "reached" / "commit"
+    house = clone(folder / "unchanged", commit)
+    if not note.is_file() or git("diff", "--name-only", note.read_text(), commit, *ROOMS, "tests"):
+        shutil.rmtree(data.parent, ignore_errors=True)
         data.parent.mkdir(exist_ok=True)
         settings = data.with_name("settings.ini")
         rooms = ", ".join(str(house / room) for room in ROOMS)
@@ -183,6 +197,7 @@ def reached(folder: Path) -> Reached:
         )
         combine = [sys.executable, "-m", "coverage", "combine", "-q", "--rcfile", settings]
         subprocess.run(combine, cwd=house, check=True)
+        note.write_text(commit)
     found = coverage.CoverageData(str(data))
     found.read()
     tests: dict[tuple[str, int], set[str]] = defaultdict(set)
@@ -261,33 +276,42 @@ def annotations(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 yield (found.lineno, found.col_offset), end
 
 
-def places(house: Path, room: str) -> list[list[Mutant]]:
-    """The changes that each place of a room can get, place by place."""
+def places(house: Path, room: str) -> dict[str, list[Mutant]]:
+    """The changes that each place of a room can get; a place is told by its file, its line's text
+    and where in it, which stay when other code changes.
+    """
     from cosmic_ray.commands import init
     from cosmic_ray.work_db import WorkDB, use_db
 
-    found: dict[Any, list[Mutant]] = defaultdict(list)
+    found: dict[str, list[Mutant]] = defaultdict(list)
     files = sorted((house / room).rglob("*.py"))
     with use_db(":memory:", WorkDB.Mode.create) as work:
         init(files, work, {})
         items = [item.mutations[0] for item in work.work_items]
-    silent = {file: list(annotations(ast.parse(file.read_text()))) for file in files}
+    texts = {file: file.read_text() for file in files}
+    silent = {file: list(annotations(ast.parse(text))) for file, text in texts.items()}
     for item in sorted(items, key=lambda i: (i.module_path, i.operator_name, i.occurrence)):
-        if any(start <= tuple(item.start_pos) < end for start, end in silent[item.module_path]):
+        start = tuple(item.start_pos)
+        if any(first <= start < end for first, end in silent[item.module_path]):
             continue
-        path = str(item.module_path.relative_to(house))
-        mutant = Mutant(room, path, item.start_pos[0], item.operator_name, item.occurrence)
-        found[path, tuple(item.start_pos), tuple(item.end_pos)].append(mutant)
-    return list(found.values())
+        path, text = str(item.module_path.relative_to(house)), texts[item.module_path]
+        place = f"{path}|{text.splitlines()[start[0] - 1]}|{start[1]}|{item.end_pos[1]}"
+        mutant = Mutant(room, path, start[0], item.operator_name, item.occurrence)
+        found[place].append(mutant)
+    return found
 
 
 def drawn(house: Path, seed: int) -> list[Mutant]:
     """As many places of each room as ROOMS says, and a change for each."""
-    dice = random.Random(seed)
+
+    def lot(text: str) -> str:
+        return hashlib.sha256(f"{seed}|{text}".encode()).hexdigest()
+
     chosen = []
     for room, number in ROOMS.items():
-        for place in dice.sample(places(house, room), number):
-            chosen.append(dice.choice(place))
+        found = places(house, room)
+        for place in sorted(found, key=lot)[:number]:
+            chosen.append(min(found[place], key=lambda m: lot(f"{place}|{m.operator}|{m.line}")))
     return chosen
 
 
@@ -311,39 +335,66 @@ def attempt(mutant: Mutant, house: Path, tests: list[str], seconds: float) -> di
 
 
 def run(house: Path, tests: list[str], seconds: float) -> str | None:
-    """The first test that fails, or None where all pass."""
+    """The first test that fails, or None where all pass.
+
+    Raises InterruptedError where pytest was ended from outside.
+    """
     names = house.with_suffix(".txt")
     names.write_text("\n".join(tests))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"@{names}"]
+    process = subprocess.Popen(
+        command,
+        cwd=house,
+        env=environment(house),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=house,
-            env=environment(house),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120 + 5 * seconds,
-        )
+        output, _ = process.communicate(timeout=120 + 5 * seconds)
     except subprocess.TimeoutExpired:
-        return "timeout"
-    if done.returncode == 0:
+        os.killpg(process.pid, signal.SIGKILL)  # with all that tests have started
+        process.communicate()
+        return TIMEOUT
+    if process.returncode == 0:
         return None
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0] if failed else f"pytest: exit {done.returncode}"
+    if process.returncode < 0 or process.returncode == pytest.ExitCode.INTERRUPTED:
+        raise InterruptedError(f"pytest ended with {process.returncode}")
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else f"pytest: exit {process.returncode}"
+
+
+def sound(house: Path, rows: list[dict[str, Any]]) -> None:
+    """See that the tests that found something pass on unchanged code, and that pytest can start
+    there where it ended before any test.
+
+    Raises RuntimeError where they do not: what they found is then nothing.
+    """
+    clean(house)
+    killers = [row["killer"].split(" ")[1:] for row in rows if row["killer"]]
+    tests = sorted({words[0] for words in killers if words and "::" in words[0]})
+    found = run(house, tests, 600.0)
+    if found is not None:
+        raise RuntimeError(f"on unchanged code too: {found}")
 
 
 def work(
     house: Path, waiting: "SimpleQueue[Mutant]", known: dict[str, Any], results: Path, told: Reached
 ) -> None:
-    """Try mutants until none waits."""
+    """Try mutants until none waits; one that could not be tried is tried the next time."""
     while True:
         try:
             mutant = waiting.get_nowait()
         except Empty:
             return
         tests, start = told.covering(mutant.path, mutant.line), time.monotonic()
-        found = attempt(mutant, house, tests, sum(told.seconds.get(test, 0) for test in tests))
+        clean(house)
+        try:
+            found = attempt(mutant, house, tests, sum(told.seconds.get(test, 0) for test in tests))
+        except InterruptedError as error:
+            print(f"not tried: {mutant.name} ({error})", flush=True)
+            return
         row = asdict(mutant) | found | {"seconds": round(time.monotonic() - start, 1)}
         known[mutant.name] = row
         with results.open("a") as file:
@@ -359,7 +410,13 @@ def page(seed: int, rows: list[dict[str, Any]]) -> str:
     from importlib.metadata import version
 
     words = tomllib.loads(WORDS.read_text())
-    text = HEAD.format(drawn=len(rows), seed=seed, seconds=SECONDS, version=version("cosmic-ray"))
+    text = HEAD.format(
+        drawn=len(rows),
+        seed=seed,
+        seconds=SECONDS,
+        version=version("cosmic-ray"),
+        timeouts=sum(row["killer"] == TIMEOUT for row in rows),
+    )
     text += "| room | changes | found | of them |\n|---|---|---|---|\n"
     for room in [*ROOMS, "all"]:
         own = [row for row in rows if room in (row["room"], "all")]
@@ -387,16 +444,15 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    told = reached(folder)
-    results = folder / f"results-{git('rev-parse', 'HEAD')}-{options.seed}.jsonl"
-    lines = results.read_text().splitlines() if results.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    known = {Mutant(**{k: row[k] for k in Mutant.__annotations__}).name: row for row in rows}
+    commit = git("rev-parse", "HEAD")
+    told = reached(folder, commit)
+    results = folder / f"results-{commit}-{options.seed}.jsonl"
+    known = {row_name(row): row for row in read(results)}
     mutants, waiting = drawn(told.house, options.seed), SimpleQueue()
     for mutant in mutants:
         if mutant.name not in known:
             waiting.put(mutant)
-    houses = [clone(folder / f"changed{index}") for index in range(2)]
+    houses = [clone(folder / f"changed{index}", commit) for index in range(2)]
     threads = [
         threading.Thread(target=work, args=(house, waiting, known, results, told))
         for house in houses
@@ -405,7 +461,22 @@ def main() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    TABLE.write_text(page(options.seed, [known[mutant.name] for mutant in mutants]))
+    rows = [known[mutant.name] for mutant in mutants if mutant.name in known]
+    if len(rows) < len(mutants):
+        sys.exit(f"{len(mutants) - len(rows)} of {len(mutants)} are left; run it again.")
+    sound(houses[0], rows)
+    TABLE.write_text(page(options.seed, rows))
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """What was found before; a line that was not finished is left out."""
+    lines = results.read_text().splitlines() if results.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """The name of the change that a row is about."""
+    return Mutant(**{name: row[name] for name in Mutant.__annotations__}).name
 
 
 if __name__ == "__main__":
