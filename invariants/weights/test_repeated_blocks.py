@@ -18,5 +18,5 @@ from streamgauge.record import Record
 def test_repeated_blocks(record: Record, band: Band, check) -> None:
     found = record.integrity.get("repeated")
     if found is None:
-        raise NotApplicable("blocks were not compared when this record was made")
+        raise NotApplicable("blocks were not all read when this record was made")
     check(len(found), within=band, what="runs of repeated blocks", of="; ".join(found) or "none")

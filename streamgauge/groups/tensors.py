@@ -111,10 +111,11 @@ class Tensors:
         inside = {
             n for first, last, _ in runs for names in matrices[first : last + 1] for n in names
         }
-        self.problems["repeated"] = [
-            f"layers {first} to {last} are layers {first - back} to {last - back}"
-            for first, last, back in runs
-        ]
+        if not self.broken:  # or not all blocks were read
+            self.problems["repeated"] = [
+                f"layers {first} to {last} are layers {first - back} to {last - back}"
+                for first, last, back in runs
+            ]
         self.problems["alike"] = [
             f"{name} equals {twin}" for name, twin in self.twins.items() if name not in inside
         ]
