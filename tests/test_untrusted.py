@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint, tensor_names
+from streamgauge.checkpoints.untrusted import refuse_counts
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
 from streamgauge.engine.rows import prompts_for
@@ -169,6 +170,29 @@ def test_a_malicious_folder_is_refused(what: str, folder: Path, audit: Auditing)
         streamgauge.measure(folder)
     assert says in str(refused.value) and len(str(refused.value)) < 700
     assert not Path("/tmp/streamgauge-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_hidden_layers": 100}, None),
+        ({"num_hidden_layers": 101}, "asks for 101 layers"),
+        ({"parts": [{"depth": 7}, {"depth": 101}]}, "asks for 101 layers"),
+        ({"text_config": {"n_layers": 101.0}}, "asks for 101 layers"),
+        ({"num_local_experts": 4096}, None),
+        ({"num_local_experts": 4097}, "asks for 4,097 experts"),
+        ({"n_head": 10**6}, None),
+        ({"n_head": 10**6 + 1}, "says n_head = 1,000,001"),
+        ({"n_head": -(10**6) - 1}, "says n_head = -1,000,001"),
+        ({"rope_theta": 1e9, "scale": float("inf"), "tie_word_embeddings": True}, None),
+    ],
+)
+def test_counts_beyond_the_files_are_refused(config: dict[str, Any], says: str | None) -> None:
+    if says is None:
+        refuse_counts(Path("config.json"), config, 100)
+    else:
+        with pytest.raises(CheckpointError, match=says):
+            refuse_counts(Path("config.json"), config, 100)
 
 
 def test_a_pickle_that_runs_is_refused_where_pickles_are_allowed(
