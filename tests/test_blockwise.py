@@ -262,6 +262,7 @@ def test_sampling_stops_when_the_growth_rate_is_known(
     assert (len(kept.rows) == 8) == fewer and reached["prompts"] == len(kept.rows)
     assert (reached["reached"] <= precision) == fewer and reached["tokens"] == 13 * len(kept.rows)
     assert all(row in rows.rows for row in kept.rows)
+    assert kept.source == ("8 of 20 prompts" if fewer else "20 prompts")
 
 
 @pytest.mark.parametrize(("texts", "kept"), [(1, 31), (12, 8)])
@@ -283,6 +284,20 @@ def test_two_tokens_are_enough_to_grow(length: int, looked: bool) -> None:
     drawn, reached = enough_prompts(model, probe_layout(model), rows, 0.5, show=False)
     assert len(drawn.rows) == (8 if looked else 20)
     assert (reached["reached"] is not None) == looked
+
+
+def test_early_positions_of_so_many_long_prompts_are_kept() -> None:
+    from streamgauge.groups.random_input import EARLY, EARLY_PROMPTS, EarlyInputs
+
+    early = EarlyInputs(None)  # type: ignore[arg-type]
+    keep = early._keeper(3)
+    keep(torch.ones(5, EARLY.stop - 1, 2), None)  # too short
+    assert early.inputs == {3: []}
+    for number in range(EARLY_PROMPTS):
+        keep(torch.full((3, EARLY.stop, 2), float(number)), None)
+    rows = torch.cat(early.inputs[3])
+    assert rows.shape == (EARLY_PROMPTS, EARLY.stop - EARLY.start, 2)
+    assert rows[:, 0, 0].tolist() == [float(n // 3) for n in range(EARLY_PROMPTS)]
 
 
 def test_precision_on_the_command_line(audit: Callable[..., Any], tmp_path: Path) -> None:

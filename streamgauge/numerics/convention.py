@@ -56,8 +56,10 @@ def ov_norms(W_V: np.ndarray, W_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product_frobenius(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
-    """Frobenius norms of products of matrices with these Gram matrices (…, d_head, d_head)."""
-    return np.asarray(np.sqrt(np.maximum((reading * writing.swapaxes(-1, -2)).sum((-1, -2)), 0)))
+    """Frobenius norms of products of matrices with these Gram matrices (…, d_head, d_head), which
+    are symmetric: tr(A B) is their inner product.
+    """
+    return np.asarray(np.sqrt(np.maximum((reading * writing).sum((-1, -2)), 0)))
 
 
 def product_spectral(reading: np.ndarray, writing: np.ndarray) -> np.ndarray:
