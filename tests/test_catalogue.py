@@ -144,6 +144,12 @@ def test_reference_bands_are_marked(run_pytest: Callable[..., Any]) -> None:
     assert "test_growth_rate[gpt2:58-prompts]" not in chosen and "additivity" not in chosen
 
 
+def test_a_reference_is_of_one_law_and_one_model() -> None:
+    assert catalogue.is_reference("residual/growth_rate", "gpt2-xl")
+    assert not catalogue.is_reference("residual/growth_rate", "gpt2")
+    assert not catalogue.is_reference("weights/repeated_blocks", "gpt2-xl")
+
+
 def test_models_are_chosen_by_marker(run_pytest: Callable[..., Any]) -> None:
     chosen = run_pytest(
         "invariants", "--published", "-m", "model(id='gpt2')", "--collect-only", "-q"

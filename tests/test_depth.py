@@ -287,3 +287,15 @@ def test_memory_holds_a_window_for_each_horizon_and_one_variant_at_a_time(
     # of them at once.
     assert peaks[0] < (depth + 1 + windows + 2 * depth) * one_stream
     assert peaks[1] - peaks[0] < 2 * one_stream
+
+
+def test_rows_of_two_tokens_or_more_are_spread_over_the_prompts() -> None:
+    from streamgauge.engine.clean_runs import some_rows
+
+    def prompts(*lengths: int) -> Prompts:
+        return Prompts([[0] * n for n in lengths], "rows", None)
+
+    assert some_rows(prompts(1, 2, 1, 3)) == [1, 3]
+    assert some_rows(prompts(1, 1)) == []
+    assert some_rows(prompts(*[2] * 31)) == list(range(0, 31, 2))
+    assert some_rows(prompts(2048, 2048, 2048)) == [0, 2] and some_rows(prompts(5000)) == [0]

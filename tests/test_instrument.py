@@ -2,6 +2,7 @@
 mode.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,3 +314,9 @@ def test_rounding_leaves_the_weights_as_they_were(name: str) -> None:
     for key, value in model.mapped.stored.items():
         assert torch.equal(before[key], value), key
     assert (arrays["resid"] > 0).all() and (arrays["loss"] > 0).all()
+
+
+@pytest.mark.parametrize(("name", "norm"), [("gpt2", "LayerNorm"), ("llama", "RMSNorm")])
+def test_a_record_names_its_norms(name: str, norm: str, tmp_path: Path) -> None:
+    folder = models.save(models.random_model(name), tmp_path)
+    assert streamgauge.measure(folder, groups=["weights"]).metadata["norm"] == norm

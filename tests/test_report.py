@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from reports.across import horizon_and_growth
+from reports.across import _correlation, horizon_and_growth
 from reports.render import page, read_rows, render
 from reports.summary import summary
 from streamgauge.numerics.horizons import DEFAULT
@@ -115,6 +115,18 @@ def test_page_lists_a_dozen_values_of_a_law_and_counts_more(rows: list[dict[str,
         made = page([row | {"values": values}])
         assert all((f"head {n}<" in made) == listed for n in range(count))
         assert (f"the least margin of {count} values" in made) != listed
+
+
+@pytest.mark.parametrize(("models", "said"), [(1, "1 model:"), (2, "2 models:")])
+def test_models_are_counted(
+    models: int, said: str, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    given: list[Any] = []
+    for number in range(models):
+        sound_record(model=f"m{number}").save(tmp_path / f"m{number}.safetensors")
+        given += ["--record", tmp_path / f"m{number}.safetensors"]
+    found = audit(*given, "-k", "additivity")
+    assert f"laws on {said} {models} hold, 0 fail" in found.output
 
 
 def test_summary_counts_and_explains(rows: list[dict[str, Any]]) -> None:
@@ -249,5 +261,14 @@ def test_horizon_and_growth_are_compared_across_models(
     np.testing.assert_allclose(figure["data"][0]["x"], [1.02, 1.03, 1.04, 1.05, 1.06], rtol=1e-4)
     assert figure["data"][0]["y"] == sorted(figure["data"][0]["y"], reverse=True)
     assert "over 5 models is -1.00" in figure["read"]
+    # Bonett and Wright 2000: ρ = 0.7 of six, error √((1 + ρ²/2) / 3) of its artanh.
+    growth, horizon = np.arange(6.0), np.array([0.0, 3, 1, 2, 4, 5])
+    rank = 1 - 6 * ((growth - horizon) ** 2).sum() / (6 * 35)
+    error = 1.96 * np.sqrt((1 + rank**2 / 2) / 3)
+    low, high = np.tanh(np.arctanh(rank) - error), np.tanh(np.arctanh(rank) + error)
+    said = _correlation(growth, horizon)
+    assert said.endswith(f"models is {rank:.2f}, 95% interval {low:.2f} to {high:.2f}.")
+    assert _correlation(growth[:3], horizon[:3]) == "3 models are too few for a correlation."
+    assert "do not differ" in _correlation(growth, 0 * horizon)
     assert "Across models" in (tmp_path / "report" / "report.html").read_text()
     assert horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"])[:40]) is None

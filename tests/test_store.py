@@ -158,6 +158,9 @@ def test_what_matters_makes_another_record(folder: Path, store: Store, tmp_path:
     (copy / "model.safetensors").write_bytes(weights)
     keys.add(store.key(open_checkpoint(copy), None, "cpu"))
     assert len(keys) == 5
+    given = open_checkpoint(folder)
+    keys |= {store.key(given, None, "cpu", precision=p) for p in (None, 0.1, 0.2)}
+    assert len(keys) == 7  # none is as before
 
 
 def test_a_damaged_record_is_measured_again(folder: Path, store: Store) -> None:

@@ -498,6 +498,13 @@ def test_windows_are_the_depth_s_steady_part(rows: dict[str, dict[str, Any]]) ->
     assert sum(row["layers"] is not None for row in rows.values()) == 24
 
 
+def test_rows_claim_what_the_law_s_file_says_first(rows: dict[str, dict[str, Any]]) -> None:
+    for law, row in rows.items():
+        folder, name = law.split("/")
+        text = (ROOT / "invariants" / folder / f"test_{name}.py").read_text()
+        assert row["claim"] == " ".join(text[3:].split("\n\n")[0].split()), law
+
+
 def test_every_law_on_a_record_is_computed_once_more() -> None:
     assert set(VALUES) | ELSEWHERE == {law.id for law in laws()}
 
