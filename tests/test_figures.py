@@ -388,3 +388,11 @@ def test_a_summary_counts_each_outcome_in_its_column() -> None:
     assert head == "| model | holds | fails | not measured | fails as known | not applicable |"
     assert cells == ["| it | 5 | 2 | 1 | 3 | 4 |", "| other | 6 | 0 | 0 | 0 | 0 |"]
     assert line.count("---:") == 5
+
+
+def test_a_summary_says_a_cause_once() -> None:
+    one = outcomes(**{"error": 1})
+    assert "## a/law could not be measured on it" in summary(one)
+    two = [*one, one[0] | {"law": "b/law"}, one[0] | {"law": "c/law", "reason": "other"}]
+    assert "## 2 laws could not be measured on it" in summary(two)
+    assert "## c/law could not be measured on it" in summary(two)
