@@ -260,6 +260,9 @@ def test_horizon_and_growth_are_compared_across_models(
     assert figure is not None
     np.testing.assert_allclose(figure["data"][0]["x"], [1.02, 1.03, 1.04, 1.05, 1.06], rtol=1e-4)
     assert figure["data"][0]["y"] == sorted(figure["data"][0]["y"], reverse=True)
+    rows = read_rows([tmp_path / "report" / "rows.jsonl"])
+    layers = [row["value"] for row in rows if row["law"] == "depth/layer_horizon"]
+    np.testing.assert_allclose(figure["data"][0]["y"], np.array(layers) / 16, rtol=1e-4)
     assert "over 5 models is -1.00" in figure["read"]
     # Bonett and Wright 2000: ρ = 0.7 of six, error √((1 + ρ²/2) / 3) of its artanh.
     growth, horizon = np.arange(6.0), np.array([0.0, 3, 1, 2, 4, 5])
