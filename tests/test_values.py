@@ -498,6 +498,19 @@ def test_windows_are_the_depth_s_steady_part(rows: dict[str, dict[str, Any]]) ->
     assert sum(row["layers"] is not None for row in rows.values()) == 24
 
 
+def test_heads_that_stand_out_twice_are_named(rows: dict[str, dict[str, Any]]) -> None:
+    scores, norms = A["patching/own"], heads("W_OV_spectral")
+    twice = [
+        f"{layer}.{head}"
+        for layer, head in CIRCUIT
+        if scores[layer, head] > np.quantile(scores, 0.75)
+        and norms[layer, head] > np.quantile(norms, 0.75)
+    ]
+    assert 0 < len(twice) < len(CIRCUIT)
+    said = rows["attention/circuit_patching"]["values"][0]["of"]
+    assert said.endswith(f"high by norm and by score: {', '.join(twice)}; 8 prompt pairs")
+
+
 def test_rows_claim_what_the_law_s_file_says_first(rows: dict[str, dict[str, Any]]) -> None:
     for law, row in rows.items():
         folder, name = law.split("/")

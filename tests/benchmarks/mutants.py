@@ -416,6 +416,7 @@ def page(seed: int, rows: list[dict[str, Any]]) -> str:
         version=version("cosmic-ray"),
         timeouts=sum(row["killer"] == TIMEOUT for row in rows),
     )
+    text += words.get("note", "").lstrip() + "\n\n"
     text += "| room | changes | found | of them |\n|---|---|---|---|\n"
     for room in [*ROOMS, "all"]:
         own = [row for row in rows if room in (row["room"], "all")]
