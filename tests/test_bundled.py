@@ -2,6 +2,7 @@
 appear.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import streamgauge
 from fixtures import catalogue
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.record import Record
@@ -93,6 +95,8 @@ def test_its_recipe_makes_it_again(
     monkeypatch.setattr(recipe, "split", lambda files: (training, held_out[:3]))
     monkeypatch.setattr(recipe, "STEPS", (0, 10))
     monkeypatch.setattr(recipe, "Trigram", Nothing)
+    measure = functools.partial(streamgauge.measure, groups=["stream", "weights"])
+    monkeypatch.setattr(recipe.streamgauge, "measure", measure)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
     recipe.main()
     for step in ("step-00000", "step-00010"):
