@@ -184,6 +184,16 @@ def test_an_untied_head_is_found(tmp_path: Path, audit: Auditing) -> None:
     assert "lm_head.weight differs from model.embed_tokens.weight, which" in row["reason"]
 
 
+def test_a_head_that_no_configuration_ties_is_sound(tmp_path: Path, audit: Auditing) -> None:
+    """BigBird-Pegasus says that it ties its embeddings, and never does."""
+    small = {"encoder_layers": 0, "decoder_layers": 3, "decoder_attention_heads": 4}
+    sizes = {"d_model": 32, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    config = models.tf.BigBirdPegasusConfig(**models.IDS, **small, **sizes)
+    assert config.tie_word_embeddings
+    folder = models.save(models.tf.BigBirdPegasusForCausalLM(config), tmp_path / "model")
+    assert audit("--model", folder, "-k", "integrity").rows[0]["outcome"] == "pass"
+
+
 def test_a_tied_head_that_is_written_out_is_sound(tmp_path: Path, audit: Auditing) -> None:
     config = models.tf.LlamaConfig(**models.GROUPED, tie_word_embeddings=True)
     folder = models.save(models.tf.LlamaForCausalLM(config), tmp_path / "model")

@@ -96,7 +96,9 @@ def _untied(mapped: Mapped, config: Any) -> list[str]:
     embedding, head = mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings()
     places = {id(module): name for name, module in mapped.model.named_modules()}
     names = [f"{places.get(id(module))}.weight" for module in (embedding, head)]
-    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    # Some architectures have a head of their own whatever the configuration says.
+    ties = names[1] in (getattr(mapped.model, "_tied_weights_keys", None) or {})
+    tied = ties and getattr(config.get_text_config(), "tie_word_embeddings", False)
     if not tied or not set(names) <= set(mapped.stored):
         return []
     one, other = (mapped.stored[name] for name in names)
