@@ -201,8 +201,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be measured, and how: prompts are texts, or rows of token ids; built_in: whether
-    they are our own.
+    """What is to be measured, and how. texts: prompts, or rows of token ids; built_in: whether they
+    are our own.
     """
 
     checkpoint: Checkpoint

@@ -227,6 +227,13 @@ def test_old_pickled_weights_beside_new_ones_are_found(
         )
 
 
+def test_a_damaged_archive_beside_says_nothing(folder: Path, audit: Auditing) -> None:
+    end = b"PK\x05\x06" + b"\x00" * 4 + b"\x05\x00\x05\x00" + b"\xff\x00\x00\x00" * 2 + b"\x00\x00"
+    (folder / "pytorch_model.bin").write_bytes(b"\x00" * 400 + end)
+    found = audit("--model", folder, "-k", "integrity")
+    assert found.exit == 0 and "Traceback" not in found.output
+
+
 def test_an_index_of_one_file_is_sound(folder: Path, audit: Auditing) -> None:
     weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
     index = {"metadata": {}, "weight_map": weight_map}

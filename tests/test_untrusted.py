@@ -127,6 +127,13 @@ def _looped(folder: Path) -> None:
     (folder / "tokenizer.json").symlink_to("tokenizer.json")
 
 
+def _adapter_linked_out(folder: Path) -> None:
+    outside = folder.parent / "outside.json"
+    outside.write_text(json.dumps({"base_model_name_or_path": "secret"}))
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").symlink_to(outside)
+
+
 MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights linked out of the folder": (
         _linked_out("model.safetensors"),
@@ -158,6 +165,10 @@ MALICIOUS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an absurd header": (_huge_header, "truncated or corrupt"),
     "offsets outside the file": (_offsets_outside, "truncated or corrupt"),
     "code of its own": (_remote_code, "not supported"),
+    "an adapter's configuration linked out of the folder": (
+        _adapter_linked_out,
+        "is a link out of its folder",
+    ),
     "a pickle that runs": (_pickled_bomb, "pickled weights only"),
 }
 

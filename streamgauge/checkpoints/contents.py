@@ -92,13 +92,10 @@ def _shapes(held: Mapping[str, Shape], asked: Mapping[str, Shape]) -> str | None
             "where weights were not gathered: save with stage3_gather_16bit_weights_on_model_save, "
             "or put them together with zero_to_fp32.py"
         )
-    turned = [name for name in other if held[name] == asked[name][::-1]]
-    first = (turned or other)[0]
-    shapes = f"{list(held[first])} in the file, {list(asked[first])} in the model"
-    if len(turned) == len(other):
-        return f"{len(turned)} matrices are transposed, {first} first ({shapes})"
     first = other[0]
     shapes = f"{list(held[first])} in the file, {list(asked[first])} in the model"
+    if all(held[name] == asked[name][::-1] for name in other):
+        return f"{len(other)} matrices are transposed, {first} first ({shapes})"
     return (
         f"{len(other)} tensors have another shape than config.json gives them, {first} first "
         f"({shapes}): config.json or the weights belong to another model"
@@ -163,12 +160,15 @@ def pickles_that_differ(folder: Path, files: Sequence[Path]) -> list[str]:
         return []
     stored = Counter[tuple[int, int]]()
     for path in beside:
-        with zipfile.ZipFile(path) as archive:
-            stored.update(
-                (info.file_size, info.CRC)
-                for info in archive.infolist()
-                if re.search(r"/data/\d+$", info.filename)
-            )
+        try:
+            with zipfile.ZipFile(path) as archive:
+                stored.update(
+                    (info.file_size, info.CRC)
+                    for info in archive.infolist()
+                    if re.search(r"/data/\d+$", info.filename)
+                )
+        except zipfile.BadZipFile:
+            return []  # damaged: nothing can be told
     sums = {h.name: _size_and_sum(h) for h in headers(files)}
     sizes = Counter(size for size, _ in stored.elements())
     if not Counter(size for size, _ in sums.values()) <= sizes:

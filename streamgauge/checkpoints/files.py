@@ -150,13 +150,13 @@ def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
 
 
 def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
+    refuse_links(folder)  # before any file of it is read
+    refuse_large_texts(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             adapter_alone(folder)
             or f"{folder} has no config.json; name the folder that save_pretrained wrote."
         )
-    refuse_links(folder)
-    refuse_large_texts(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "transformers_weights" in config:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.mutants FOLDER` draws places of the code by a seed, lets cosmic-ray
 change one at a time in a clone of the last commit, and runs the tests that reach the changed line,
-quickest first, until one fails. About an hour and a half for 190 changes on two cores. FOLDER keeps
+quickest first, until one fails. About an hour for 152 changes on two cores. FOLDER keeps
 which test reaches which line, and every result as it is had: the same command goes on where it was
 interrupted. Writes docs/mutants.md.
 
