@@ -145,12 +145,12 @@ def _measure(options: argparse.Namespace) -> None:
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.measure import measure
     from streamgauge.record import Record
-    from streamgauge.store import default_store
 
     if options.output.is_file():
         Record.load(options.output)  # raises where somebody else's file would be overwritten
-    converted = default_store() / "converted" if options.allow_pickle else None
-    checkpoint = open_checkpoint(location(options.model), options.revision, converted=converted)
+    checkpoint = open_checkpoint(
+        location(options.model), options.revision, allow_pickle=options.allow_pickle
+    )
     record = measure(
         checkpoint,
         prompts=options.prompts,
@@ -174,10 +174,11 @@ def _diff(options: argparse.Namespace) -> int:
     store.prepare()
 
     def record_of(name: str, rows: Any = None) -> Record:
-        if Path(name).is_file():
+        if Path(name).is_file() and not name.endswith(".gguf"):
             return Record.load(name)
-        converted = store.folder / "converted" if options.allow_pickle else None
-        checkpoint = open_checkpoint(location(name), converted=converted)
+        checkpoint = open_checkpoint(
+            location(name), allow_pickle=options.allow_pickle, store=store.folder
+        )
         return measure(
             checkpoint,
             store=store,

@@ -251,7 +251,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
 
         metadata = _metadata(checkpoint, tensors, layout, wanted)
         metadata["integrity"] |= {
-            "unread": opened.unread,
+            "unread": opened.unread + (checkpoint.origin.unread if checkpoint.origin else []),
             "tokenizer": beyond,
             "untied": opened.untied,
             "beside": pickles_that_differ(checkpoint.folder, checkpoint.files),
@@ -315,7 +315,7 @@ def _hash(checkpoint: Checkpoint) -> "Future[str]":
 
 def _say_size(checkpoint: Checkpoint, show: bool) -> None:
     """A line before files are opened that are large enough to wait for."""
-    size = sum(path.stat().st_size for path in checkpoint.files)
+    size = sum(path.stat().st_size for path in checkpoint.own_files)
     if show and size > LARGE:
         print(
             f"streamgauge: {checkpoint.name}: {size / 1e9:.1f} GB of weights",
@@ -440,11 +440,9 @@ def _metadata(
     """What is said of a model and of the way it was measured."""
     from streamgauge.groups.weights import reset_gains
 
-    model, dtypes, resets = (
-        tensors.model.mapped.model,
-        stored_dtypes(checkpoint),
-        reset_gains(tensors.model),
-    )
+    model, resets = tensors.model.mapped.model, reset_gains(tensors.model)
+    origin = checkpoint.origin
+    dtypes = origin.dtypes if origin else stored_dtypes(checkpoint)
     norm = "LayerNorm" if layout.centres else "RMSNorm"
     # NaN in the weights leaves nothing to tell a block's anatomy from.
     pre_norm = layout.pre_norm or tensors.broken
@@ -459,6 +457,14 @@ def _metadata(
         "architecture": type(model).__name__,
         "config": _config(model),
         "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
+        "converted_from": None
+        if origin is None
+        else {
+            "format": origin.format,
+            "files": [path.name for path in origin.files],
+            "done": origin.done,
+            "rounding": max(origin.rounding.values(), default=None),
+        },
         "arithmetic": "float32",
         "norm": norm,
         "centres": layout.centres,
@@ -471,7 +477,7 @@ def _metadata(
         "n_layers": layout.n_layers,
         "d_model": layout.d_model,
         "n_parameters": sum(tensor.numel() for tensor in tensors.tensors.values()),
-        "parameters": tensors.tables(dtypes),
+        "parameters": tensors.tables(dtypes, origin.rounding if origin else {}),
         "integrity": tensors.problems | ({} if resets is None else {"reset": resets}),
         "groups": {name: GROUPS[name] for name in wanted.groups},
         "tasks_sha256": tasks_sha256(wanted.tasks),

@@ -2,31 +2,23 @@
 instrument.
 """
 
-import contextlib
 import hashlib
-import json
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamgauge.checkpoints.files import Checkpoint, weights_sha256
+from streamgauge.checkpoints.files import Checkpoint, default_store
+from streamgauge.checkpoints.hashes import remembered_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.untrusted import TEXTS
 from streamgauge.errors import RecordError, StoreError
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record, write_whole
 
+__all__ = ["Store", "default_store", "prepare_folder", "prepare_report"]
+
 # The way keys are made; records made by that instrument are found, and gain what they lack.
 KEY = "instrument 1"
-SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def default_store() -> Path:
-    """The platform's cache folder for streamgauge."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("streamgauge")
 
 
 def prepare_folder(folder: Path, what: str, option: str) -> None:
@@ -129,18 +121,4 @@ class Store:
         """The hash, remembered by path, size and time of change: gigabytes are not read again on
         every run.
         """
-        stats = [(p, p.resolve().stat()) for p in checkpoint.files]
-        # A time of change can be set, and a clock that jumps may give one twice; that of the inode
-        # cannot be set.
-        identity = [
-            (str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats
-        ]
-        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        note = self.folder / "hashes" / name
-        if note.is_file() and SHA256.fullmatch(noted := note.read_text()):
-            return noted
-        digest = weights_sha256(checkpoint)
-        with contextlib.suppress(OSError):  # not remembered: read again next time
-            note.parent.mkdir(exist_ok=True)
-            write_whole(note, digest.encode())
-        return digest
+        return remembered_sha256(checkpoint.own_files, self.folder / "hashes")

@@ -211,7 +211,7 @@ def test_a_pickle_that_runs_is_refused_where_pickles_are_allowed(
 ) -> None:
     _pickled_bomb(folder)
     with pytest.raises(CheckpointError, match="holds more than plain tensors"):
-        open_checkpoint(folder, converted=tmp_path / "converted")
+        open_checkpoint(folder, allow_pickle=True, store=tmp_path / "store")
     assert not Path("/tmp/streamgauge-was-here").exists()
 
 
@@ -263,7 +263,7 @@ def test_odd_pickles_are_refused_where_pickles_are_allowed(tmp_path: Path) -> No
     for name, says in _bad_pickles(tmp_path).items():
         (tmp_path / name / "config.json").write_text("{}")
         with pytest.raises(CheckpointError, match=says):
-            open_checkpoint(tmp_path / name, converted=tmp_path / "converted")
+            open_checkpoint(tmp_path / name, allow_pickle=True, store=tmp_path / "store")
 
 
 def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> None:

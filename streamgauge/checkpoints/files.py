@@ -1,9 +1,6 @@
 """Find a checkpoint, check that its files are whole, and read tensors from it with numpy."""
 
-import hashlib
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +9,19 @@ from typing import Any
 import numpy as np
 
 from streamgauge.checkpoints.contents import adapter_alone, adapter_beside, held_twice
+from streamgauge.checkpoints.converted import INDEX, Origin, origin_of
+from streamgauge.checkpoints.formats import gguf, pickled, quantized
+from streamgauge.checkpoints.hashes import sha256_of
 from streamgauge.checkpoints.headers import headers, read_tensor
 from streamgauge.checkpoints.untrusted import (
-    PICKLED,
-    TEXTS,
     read_json,
     refuse_counts,
     refuse_large_texts,
     refuse_links,
 )
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
-from streamgauge.record import write_whole
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NAMED = "pytorch_model.bin"
-OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
 WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
@@ -35,17 +29,32 @@ WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 class Checkpoint:
     """A checkpoint on this machine: its folder's or repository's name, its folder, its weight
     files, its revision.
+
+    origin: what they were made of, where they are a conversion that lies in the store.
     """
 
     name: str
     folder: Path
     files: tuple[Path, ...]
     revision: str | None = None
+    origin: Origin | None = None
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
         config: dict[str, Any] = read_json(self.folder / "config.json")
         return config
+
+    @property
+    def own_files(self) -> tuple[Path, ...]:
+        """The weight files that were given, whatever their format."""
+        return self.origin.files if self.origin else self.files
+
+
+def default_store() -> Path:
+    """The platform's cache folder for streamgauge."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("streamgauge")
 
 
 def open_checkpoint(
@@ -53,33 +62,67 @@ def open_checkpoint(
     revision: str | None = None,
     *,
     fetch: bool = True,
-    converted: Path | None = None,
+    allow_pickle: bool = False,
+    store: Path | None = None,
 ) -> Checkpoint:
-    """The checkpoint in a folder, in the hub cache, or (fetch) on the Hugging Face hub.
+    """The checkpoint in a folder, in a GGUF file, in the hub cache, or (fetch) on the Hugging Face
+    hub, where OWNER/NAME/FILE.gguf is a file of a repository.
 
-    A folder on this machine goes before a hub repository of the same name. converted: where to keep
-    safetensors made of pickled weights, which are refused without it; nothing but tensors is
-    unpickled.
-    Raises UnknownModelError, HubError, or CheckpointError where its files are missing, pickled or
-    damaged.
+    What is on this machine goes before a hub repository of the same name. allow_pickle: whether
+    pickled weights are opened, tensors only. store: where safetensors made of GGUF, of quantised
+    and of pickled weights are kept, by default the platform's cache folder.
+    Raises UnknownModelError, HubError, NotInstalledError, StoreError, or CheckpointError where its
+    files are missing, pickled or damaged.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _inspect(folder.resolve().name, _unpickled(folder.resolve(), converted), revision)
-    if folder.is_file() or str(name).startswith((".", "/", "~")):
+    path, store = Path(name).expanduser(), store or default_store()
+    if path.is_dir():
+        return _inspect(path.resolve().name, path.resolve(), revision, allow_pickle, store)
+    if path.is_file() and path.suffix == ".gguf":
+        return _of_gguf(gguf.model_name(path), path.absolute(), revision, store)
+    if path.is_file() or str(name).startswith((".", "/", "~")):
         raise UnknownModelError(
-            f"{name} is not a folder with a checkpoint; name a folder or a hub repository."
+            f"{name} is not a folder with a checkpoint, nor a .gguf file; name one, or a hub "
+            "repository."
         )
-    snapshot = _cached_snapshot(str(name), revision)
+    repository, file = _file_of_hub(str(name))
+    wanted = WANTED_FROM_HUB + (["*.bin"] if allow_pickle else [])
+    if file:
+        wanted = [gguf.PART.sub(r"\g<name>-*-of-\g<count>.gguf", file)]
+    snapshot = _cached_snapshot(repository, revision, file)
     if snapshot is None:
         if not fetch:
             raise UnknownModelError(
                 f"{name} is not in the hub cache of this machine; name it with --model to fetch it."
             )
-        snapshot = _download(
-            str(name), revision, WANTED_FROM_HUB + (["*.bin"] if converted else [])
-        )
-    return _inspect(str(name), _unpickled(snapshot, converted), revision or snapshot.name)
+        snapshot = _download(repository, revision, wanted)
+    revision = revision or snapshot.name
+    if not file:
+        return _inspect(repository, snapshot, revision, allow_pickle, store)
+    if not (snapshot / file).is_file():
+        raise UnknownModelError(f"the hub's {repository} has no file {file}; check its name.")
+    return _of_gguf(str(name).removesuffix(".gguf"), snapshot / file, revision, store)
+
+
+def _file_of_hub(name: str) -> tuple[str, str | None]:
+    """The repository and the file of OWNER/NAME/FILE.gguf; other names are repositories."""
+    parts = name.split("/")
+    if name.endswith(".gguf") and len(parts) > 2:
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return name, None
+
+
+def _of_gguf(name: str, path: Path, revision: str | None, store: Path) -> Checkpoint:
+    """A GGUF file, or all parts of it, by way of safetensors made of it."""
+    parts = gguf.parts_of(path)
+    if len(parts) > 1:  # a file that the user named may lie anywhere, its parts beside it
+        refuse_links(path.parent)
+    folder, origin = gguf.convert(path, store)
+    return _converted(name, folder, origin, revision)
+
+
+def _converted(name: str, folder: Path, origin: Origin, revision: str | None) -> Checkpoint:
+    files = tuple(_weight_files(folder))
+    return Checkpoint(name, folder, files, revision, origin_of(folder, origin.files))
 
 
 def is_cached(repository: str) -> bool:
@@ -92,14 +135,15 @@ def is_cached(repository: str) -> bool:
     return any(_is_whole(folder) for folder in snapshots.glob("*"))
 
 
-def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
+def _cached_snapshot(repository: str, revision: str | None, file: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    wanted = [file] if file else WANTED_FROM_HUB
     try:
         folder = Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=WANTED_FROM_HUB, local_files_only=True
+                repository, revision=revision, allow_patterns=wanted, local_files_only=True
             )
         )
     except HFValidationError:
@@ -108,6 +152,8 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
         ) from None
     except LocalEntryNotFoundError:
         return None
+    if file:
+        return folder if all(p.is_file() for p in gguf.parts_of(folder / file)) else None
     return folder if _is_whole(folder) else None
 
 
@@ -149,9 +195,19 @@ def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
         ) from error
 
 
-def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
+def _inspect(
+    name: str, folder: Path, revision: str | None, allow_pickle: bool, store: Path
+) -> Checkpoint:
     refuse_links(folder)  # before any file of it is read
     refuse_large_texts(folder)
+    models = gguf.models_in(folder)
+    if models and not _has_safetensors(folder):
+        if len(models) > 1:
+            named = ", ".join(path.name for path in models[:8])
+            raise CheckpointError(
+                f"{folder} holds {len(models)} GGUF models; name one of its files: {named}."
+            )
+        return _of_gguf(name, models[0], revision, store)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             adapter_alone(folder)
@@ -163,93 +219,32 @@ def _inspect(name: str, folder: Path, revision: str | None) -> Checkpoint:
             f"{folder / 'config.json'} is no configuration, or names weight files of its own; "
             "refused."
         )
+    if allow_pickle and not _has_safetensors(folder):
+        pickles = pickled.pickled_weights(folder)
+        if pickles:
+            made, origin = pickled.convert(folder, pickles, store)
+            return _converted(name, made, origin, revision)
     files = tuple(_weight_files(folder))
     wrong = adapter_beside(folder) or held_twice(files)
     if wrong:
         raise CheckpointError(wrong)
     checkpoint = Checkpoint(name, folder, files, revision)
     refuse_counts(folder / "config.json", config, len(tensor_names(checkpoint)))
+    if quantized.quantised_by(config):
+        made, origin = quantized.convert(folder, files, config, store)
+        return _converted(name, made, origin, revision)
+    without = [h for h in headers(files) if h.dtype.startswith("F8")]
+    if without:
+        raise CheckpointError(
+            f"{folder} holds {len(without)} tensors of FP8 numbers ({without[0].dtype}), "
+            f"{without[0].name} first, and its config.json has no quantization_config that says "
+            "where their scales are: copy config.json from where the weights are from."
+        )
     return checkpoint
 
 
-def _unpickled(folder: Path, converted: Path | None) -> Path:
-    """The folder, or one with safetensors made of its pickled weights where it has nothing else and
-    that is allowed.
-    """
-    if converted is None or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        return folder
-    refuse_links(folder)
-    pickles = _pickles(folder)
-    if not pickles:
-        return folder
-    digest = hashlib.sha256("".join(_sha256(path) for path in pickles).encode()).hexdigest()
-    target = converted / digest[:32] / folder.name
-    if not (target / INDEX).is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        _convert(pickles, target)
-    for path in folder.iterdir():
-        if path.suffix in TEXTS and not path.name.endswith(".index.json"):
-            shutil.copy(path, target)
-    return target
-
-
-def _pickles(folder: Path) -> list[Path]:
-    """The weights that transformers would open: pytorch_model and its parts, or else the only
-    pickle there is.
-    """
-    named = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
-    others = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in PICKLED and path.is_file() and not _of_training(path)
-    )
-    if not named and len(others) > 1:
-        raise CheckpointError(
-            f"{folder} has {len(others)} pickled files, {others[0].name} first; call the one "
-            f"with weights {NAMED}."
-        )
-    return named or others
-
-
-def _of_training(path: Path) -> bool:
-    """Whether a pickle is what a trainer keeps beside the weights: no weights in it."""
-    return path.name.startswith(OF_TRAINING)
-
-
-def _convert(pickles: list[Path], target: Path) -> None:
-    """Write each file's tensors as safetensors, and an index last.
-
-    Raises CheckpointError for files of anything else.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    weight_map: dict[str, str] = {}
-    for number, path in enumerate(pickles, 1):
-        name = f"model-{number:05d}-of-{len(pickles):05d}.safetensors"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict) or not all(
-                isinstance(t, torch.Tensor) for t in tensors.values()
-            ):
-                raise TypeError("not a table of tensors")
-            save_file(
-                {str(key): t.detach().clone().contiguous() for key, t in tensors.items()},
-                target / name,
-                {"format": "pt"},
-            )
-        except Exception as error:  # whatever a stranger's pickle makes of it
-            raise CheckpointError(
-                f"{path} holds more than plain tensors, or is damaged ({type(error).__name__}); "
-                "refused."
-            ) from None
-        twice = sorted(weight_map.keys() & set(map(str, tensors)))
-        if twice:
-            raise CheckpointError(
-                f"{path} holds {twice[0]}, which another file of {path.parent} holds too; refused."
-            )
-        weight_map |= dict.fromkeys(map(str, tensors), name)
-    write_whole(target / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -278,7 +273,7 @@ def _weight_files(folder: Path) -> list[Path]:
     alone = adapter_alone(folder)
     if alone:
         raise CheckpointError(alone)
-    if any(path.suffix in PICKLED and not _of_training(path) for path in folder.iterdir()):
+    if any(pickled.is_pickled(path) for path in folder.iterdir()):
         raise CheckpointError(
             f"{folder} holds pickled weights only, which can run code when they are opened; "
             "give --allow-pickle where you trust them, or convert them with save_pretrained."
@@ -300,18 +295,8 @@ def _shards(folder: Path) -> set[str]:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """The sha256 of the weight file, or of the lines `sha256 name` of the shards."""
-    digests = [(_sha256(path), path.name) for path in checkpoint.files]
-    if len(digests) == 1:
-        return digests[0][0]
-    return hashlib.sha256(
-        "".join(f"{digest} {name}\n" for digest, name in digests).encode()
-    ).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of the weight file as it was given, or of the lines `sha256 name` of several."""
+    return sha256_of(checkpoint.own_files)
 
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from streamgauge.errors import CheckpointError
 
 TEXTS = (".json", ".model", ".txt", ".tiktoken")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-READ = (*TEXTS, ".safetensors", *PICKLED)  # files of a folder that something may open
+READ = (*TEXTS, ".safetensors", ".gguf", *PICKLED)  # files of a folder that something may open
 JSON_LIMIT = 2**26  # bytes of a configuration or an index
 TOKENIZER_LIMIT = 2**29  # bytes of any other file but weights
 LARGEST = 10**6  # of a number in a configuration that counts parts

@@ -23,39 +23,37 @@ FP32 = UNIT["F32"]
 
 def tensor_rounding(old: Record, new: Record) -> dict[str, float]:
     """Largest relative error of each tensor's numbers that the two dtypes explain: one rounding of
-    fp32 where they are one.
+    fp32 where they are one. Where one is quantised, that of the tensor as a whole.
     """
     tables = [
-        {row["name"]: row.get("dtype") for row in record.metadata.get("parameters", [])}
-        for record in (old, new)
+        {row["name"]: row for row in record.metadata.get("parameters", [])} for record in (old, new)
     ]
     found: dict[str, float] = {}
-    for name, dtype in tables[0].items():
-        other = tables[1].get(name)
+    for name, before in tables[0].items():
+        after = tables[1].get(name, {})
         # A tensor that the library puts together from several of the file has no dtype of its own.
-        found[name] = (
-            _file_rounding(old, new)
-            if dtype is None or other is None
-            else _rounding({dtype}, {other})
-        )
+        if before.get("dtype") is None or after.get("dtype") is None:
+            found[name] = _file_rounding(old, new)
+        else:
+            grids = sum(row.get("rounding", 0.0) for row in (before, after))
+            found[name] = _rounding({before["dtype"]}, {after["dtype"]}, grids)
     return found
 
 
 def _file_rounding(old: Record, new: Record) -> float:
-    return _rounding(
-        *(
-            {part.strip() for part in str(r.metadata.get("stored_dtype")).split(",")}
-            for r in (old, new)
-        )
+    before, after = (
+        {part.strip() for part in str(r.metadata.get("stored_dtype")).split(",")}
+        for r in (old, new)
     )
+    said = ((r.metadata.get("converted_from") or {}).get("rounding") for r in (old, new))
+    return _rounding(before, after, sum(size or 0.0 for size in said))
 
 
-def _rounding(before: set[str], after: set[str]) -> float:
-    return (
-        FP32
-        if before == after
-        else max([UNIT.get(dtype, 0.0) for dtype in before | after] + [FP32])
-    )
+def _rounding(before: set[str], after: set[str], grids: float) -> float:
+    """grids: what rounding to few bits explains of the two, beside their float dtypes."""
+    if before == after:
+        return FP32
+    return max([UNIT.get(dtype, 0.0) for dtype in before | after] + [FP32, grids])
 
 
 def weight_rounding(old: Record, new: Record) -> float:

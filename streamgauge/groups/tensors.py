@@ -54,19 +54,20 @@ class Tensors:
         )
         return {"parameters": np.array(sketches), "norms": np.array(norms)}, {}
 
-    def tables(self, dtypes: dict[str, str]) -> list[dict[str, Any]]:
-        """Name and shape of each tensor, and the dtype that its file has it in; a prefix may be
-        missing there.
+    def tables(self, dtypes: dict[str, str], rounding: dict[str, float]) -> list[dict[str, Any]]:
+        """Name and shape of each tensor, the dtype that its file has it in, and how far rounding to
+        that has moved it at most where that is known; a prefix may be missing there.
         """
-        short = {name.split(".", 1)[-1]: dtype for name, dtype in dtypes.items()} | dtypes
-        return [
-            {
-                "name": name,
-                "shape": list(tensor.shape),
-                "dtype": short.get(name, short.get(name.split(".", 1)[-1])),
-            }
-            for name, tensor in self.tensors.items()
-        ]
+        dtypes, rounding = _with_short(dtypes), _with_short(rounding)
+        rows = []
+        for name, tensor in self.tensors.items():
+            short = name.split(".", 1)[-1]
+            row: dict[str, Any] = {"name": name, "shape": list(tensor.shape)}
+            row["dtype"] = dtypes.get(name, dtypes.get(short))
+            if (size := rounding.get(name, rounding.get(short))) is not None:
+                row["rounding"] = size
+            rows.append(row)
+        return rows
 
     @property
     def broken(self) -> bool:
@@ -119,6 +120,11 @@ class Tensors:
         self.problems["alike"] = [
             f"{name} equals {twin}" for name, twin in self.twins.items() if name not in inside
         ]
+
+
+def _with_short(table: dict[str, Any]) -> dict[str, Any]:
+    """The same, and what it says by names without their first part."""
+    return {name.split(".", 1)[-1]: said for name, said in table.items()} | table
 
 
 def repeated_blocks(matrices: list[list[str]], twins: dict[str, str]) -> list[tuple[int, int, int]]:

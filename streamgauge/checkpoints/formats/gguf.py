@@ -1,0 +1,380 @@
+"""GGUF files: llama.cpp's, dequantised by the `gguf` package and named as transformers names them.
+
+transformers' own tables say which tensor is which, and which rows of q and k llama.cpp puts in
+another order. What a file says and transformers does not read is read here, or said.
+"""
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamgauge.checkpoints.converted import Origin, Writer, convert_once
+from streamgauge.checkpoints.untrusted import strange
+from streamgauge.errors import CheckpointError, NotInstalledError, first_line
+from streamgauge.numerics.grids import even_grid
+from streamgauge.progress import track
+
+PART = re.compile(r"^(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+PROJECTOR = "mmproj"  # what the part that sees is called, which lies beside a language model
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Of each type how fine its codes are, in bits, and how many numbers share a scale. Those of K types
+# share that of 256, since the scales of fewer are rounded themselves.
+CODES = {
+    **{"Q8_0": (8, 32), "Q8_1": (8, 32), "Q8_K": (8, 256), "Q6_K": (6, 256), "Q5_K": (5, 256)},
+    **{"Q5_0": (5, 32), "Q5_1": (5, 32), "Q4_0": (4, 32), "Q4_1": (4, 32), "Q4_K": (4, 256)},
+    **{"Q3_K": (3, 256), "Q2_K": (2, 256)},
+    # Uneven grids: no gap is wider than those of an even one of so many bits.
+    **{"IQ4_NL": (3, 32), "IQ4_XS": (3, 256), "MXFP4": (2, 32)},
+}
+COARSEST = (1, 256)  # what is taken for types that have no grid of single numbers
+# Keys of a file beside those that transformers reads, and what its configurations call them.
+SAME = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+# Keys that say nothing of the function, or nothing that shapes and other keys do not say.
+NO_FUNCTION = re.compile(
+    r"context_length$|rope\.dimension_count$|rope\.scaling\.|attention\.causal$|vocab_size$"
+    r"|tensor_data_layout$|use_parallel_residual$|feed_forward_length$"
+)
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """The parts of a GGUF model, opened. fields: what the first says of the model, by key."""
+
+    paths: tuple[Path, ...]
+    readers: list[Any]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of it."""
+        return str(self.fields.get("general.architecture"))
+
+    def tensors(self) -> Iterator[Any]:
+        """Of all parts."""
+        return (tensor for reader in self.readers for tensor in reader.tensors)
+
+
+def _block(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found.group(1)) if found else -1
+
+
+def model_name(path: Path) -> str:
+    """What a file's model is called: the file's name, without its number where it is a part."""
+    found = PART.match(path.name)
+    return found.group("name") if found else path.name.removesuffix(".gguf")
+
+
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """A file, or all parts of the model that it is one of, whether they are there or not."""
+    found = PART.match(path.name)
+    if not found:
+        return (path,)
+    name, count = found.group("name"), int(found.group("count"))
+    return tuple(path.parent / f"{name}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1))
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The GGUF models of a folder, the first part of each."""
+    files = sorted(p for p in folder.glob("*.gguf") if not p.name.startswith(PROJECTOR))
+    return [p for p in files if not (part := PART.match(p.name)) or part.group("number") == "00001"]
+
+
+def convert(path: Path, store: Path) -> tuple[Path, Origin]:
+    """A folder in the store with safetensors, configuration and tokenizer made of a file or, where
+    it is one part of several, of all.
+
+    Raises CheckpointError for files that are damaged, or of an architecture that transformers
+    cannot read from GGUF, and NotInstalledError.
+    """
+    origin = Origin("GGUF", files=parts_of(path))
+    missing = [part.name for part in origin.files if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} lacks {missing[0]}, which belongs to {path.name}; copy it there."
+        )
+
+    def make(writer: Writer) -> None:
+        if find_spec("gguf") is None or find_spec("torch") is None:
+            raise NotInstalledError(
+                "reading GGUF needs the package gguf, which this installation lacks; install "
+                "'streamgauge[measure]'."
+            )
+        writer.origin.done = (
+            f"dequantised to fp32 by gguf {version('gguf')}, names and the order of rows by "
+            f"transformers {version('transformers')}"
+        )
+        _convert(_opened(origin.files), writer)
+
+    return convert_once(store, model_name(path), origin, make), origin
+
+
+def _opened(paths: Sequence[Path]) -> Gguf:
+    from gguf import GGUFReader
+
+    readers = []
+    for path in paths:
+        try:
+            readers.append(GGUFReader(path))
+        except Exception as error:  # whatever a damaged file makes of it
+            raise CheckpointError(
+                f"{path} is no GGUF file, or truncated ({first_line(error)}); copy it again."
+            ) from error
+    fields = {
+        name: one.contents()
+        for name, one in readers[0].fields.items()
+        if not name.startswith("tokenizer.")
+    }
+    said = fields.get("split.tensors.count")
+    found = sum(len(reader.tensors) for reader in readers)
+    if said is not None and int(said) != found:
+        raise CheckpointError(
+            f"{paths[0]} says that its parts hold {said} tensors, but they hold {found}: parts of "
+            "different models lie together; copy them again."
+        )
+    return Gguf(tuple(paths), readers, fields)
+
+
+def _convert(file: Gguf, writer: Writer) -> None:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    where = {"gguf_file": file.paths[0].name, "local_files_only": True}
+    folder = file.paths[0].parent
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **where)
+        _complete(config, file, writer.origin)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        conversion = _by_converters if file.architecture in _converted_archs() else _by_processor
+        convert_block = conversion(file.architecture, model, writer.origin)
+    except strange(OSError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"transformers cannot read {file.paths[0].name} ({file.architecture}): "
+            f"{first_line(error)}."
+        ) from error
+    tensors = sorted(file.tensors(), key=lambda t: _block(t.name))
+    for _, block in itertools.groupby(
+        track(tensors, "dequantising", show=True), key=lambda t: _block(t.name)
+    ):
+        for one in convert_block([t for t in block if t.name != ROPE_FACTORS]):
+            writer.add(one.name, one.values, one.dtype, one.rounding)
+    _refuse_unfilled(model, file, writer.origin)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(writer.folder)
+    try:
+        transformers.AutoTokenizer.from_pretrained(folder, **where).save_pretrained(writer.folder)
+    except Exception as error:  # another library's parser of a stranger's file
+        writer.origin.done += f"; its tokenizer cannot be read ({first_line(error)})"
+
+
+def _refuse_unfilled(model: Any, file: Gguf, origin: Origin) -> None:
+    """Raise CheckpointError where the file does not fill the model that it describes."""
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    wanted = {name for name, _ in model.named_parameters()} - tied
+    missing = sorted(wanted - set(origin.dtypes))
+    if missing:
+        further = f"; nothing reads {origin.unread[0]}" if origin.unread else ""
+        raise CheckpointError(
+            f"{file.paths[0].name} has nothing for {len(missing)} tensors of the "
+            f"{type(model).__name__} that transformers takes it for, {missing[0]} first{further}: "
+            "it is damaged, or a variant that transformers cannot read."
+        )
+
+
+@dataclass
+class _Tensor:
+    """A tensor as transformers names it, fp32, what the file has it in, and how far rounding to
+    that can have moved it.
+    """
+
+    name: str
+    values: Any
+    dtype: str
+    rounding: float | None
+
+
+def _by_processor(architecture: str, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
+    """What makes a block's tensors, by transformers' tables of names and of what llama.cpp does to
+    single tensors.
+    """
+    from transformers import modeling_gguf_pytorch_utils as tables
+
+    kind = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    names = tables.get_gguf_hf_weights_map(model, processor)
+
+    def convert(tensors: list[Any]) -> list[_Tensor]:
+        import torch
+
+        found, merged = [], []
+        # Where several become one, the processor puts them here.
+        parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+        for tensor in tensors:
+            values = _dequantised(tensor)
+            rounding = _rounding(values, tensor.tensor_type.name)
+            out = processor.process(
+                values, tensor.name, tensor_key_mapping=names, parsed_parameters=parsed
+            )
+            if out.name is None:
+                merged.append((tensor.tensor_type.name, rounding))
+            elif out.name in names:
+                values = torch.from_numpy(np.array(out.weights, np.float32))
+                found.append(_Tensor(names[out.name], values, tensor.tensor_type.name, rounding))
+            else:
+                origin.unread.append(tensor.name)
+        dtype = ", ".join(sorted({dtype for dtype, _ in merged}))
+        most = max((rounding for _, rounding in merged if rounding), default=None)
+        return found + [_Tensor(n, t.float(), dtype, most) for n, t in parsed["tensors"].items()]
+
+    return convert
+
+
+def _converted_archs() -> Collection[str]:
+    from transformers.integrations.gguf import GGUF_ARCHS
+
+    archs: Collection[str] = GGUF_ARCHS
+    return archs
+
+
+def _by_converters(architecture: str, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
+    """The same by transformers' newer tables, where an architecture has them: names, and chains of
+    operations.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.gguf import get_gguf_conversion_mapping
+
+    mapping = get_gguf_conversion_mapping(architecture, model.config)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+    known = set(model.state_dict())
+
+    def convert(tensors: list[Any]) -> list[_Tensor]:
+        import torch
+
+        sources: dict[str, list[tuple[str | None, Any]]] = defaultdict(list)
+        for tensor in tensors:
+            name, pattern = rename_source_key(tensor.name, renamings, converters)
+            sources[name].append((pattern, tensor))
+        found = []
+        for name, parts in sources.items():
+            if name not in known:
+                origin.unread += [tensor.name for _, tensor in parts]
+                continue
+            values = {p: torch.from_numpy(np.array(_dequantised(t))) for p, t in parts}
+            roundings = [_rounding(_dequantised(t), t.tensor_type.name) for _, t in parts]
+            converter: Any = by_pattern.get(parts[0][0])
+            for operation in converter.operations if converter else ():
+                values = operation.convert(
+                    values,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                )
+            (value,) = values.values()
+            dtype = ", ".join(sorted({tensor.tensor_type.name for _, tensor in parts}))
+            most = max((r for r in roundings if r), default=None)
+            found.append(_Tensor(name, value, dtype, most))
+        return found
+
+    return convert
+
+
+def _dequantised(tensor: Any) -> np.ndarray:
+    from gguf import dequantize
+
+    values: np.ndarray = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    return values
+
+
+def _rounding(values: np.ndarray, kind: str) -> float | None:
+    """How far rounding to a type's grid can have moved a tensor, relative to its norm: half a step
+    of each block's grid for each number.
+    """
+    if kind in FLOATS:
+        return None
+    bits, block = CODES.get(kind, COARSEST)
+    return even_grid(values, bits, block)
+
+
+def _complete(config: Any, file: Gguf, origin: Origin) -> None:
+    """Let a configuration say what the file says and transformers did not read of it."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
+    names = {tensor.name for tensor in file.tensors()}
+    if len(file.readers) > 1 and config.model_type not in ("falcon", "bloom"):
+        config.tie_word_embeddings = "output.weight" not in names  # transformers saw one part
+    arch = file.architecture
+    text = config.get_text_config()
+    _complete_rope(text, file, origin)
+    read = set(GGUF_CONFIG_MAPPING.get(text.model_type.removesuffix("_text"), ()))
+    for key in [key for key in file.fields if key.startswith(f"{arch}.")]:
+        short, value = key.removeprefix(f"{arch}."), file.fields[key]
+        if arch in GGUF_CONFIG_ARCHS or short in read or NO_FUNCTION.search(short):
+            continue
+        if short in SAME and hasattr(text, SAME[short]):
+            setattr(text, SAME[short], value)
+        else:
+            origin.unread.append(f"{key} = {str(value)[:60]}")
+
+
+def _complete_rope(config: Any, file: Gguf, origin: Origin) -> None:
+    """Scaled rotary positions: by the file's keys, or by factors of each frequency, of which those
+    of Llama 3 are told.
+    """
+    said = {
+        key.partition(".rope.scaling.")[2]: value
+        for key, value in file.fields.items()
+        if ".rope.scaling." in key
+    }
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # where kinds of layers have their own
+    kind = said.get("type", "none")
+    if kind in ("linear", "yarn"):
+        rope |= {"rope_type": kind, "factor": float(said["factor"])}
+        if "original_context_length" in said:
+            rope["original_max_position_embeddings"] = int(said["original_context_length"])
+        known = {"type", "factor", "original_context_length", "finetuned"}
+        origin.unread += [f"rope.scaling.{k} = {said[k]}" for k in sorted(set(said) - known)]
+    elif kind != "none":
+        origin.unread.append(f"rope.scaling.type = {kind}")
+    factors = next((t for t in file.tensors() if t.name == ROPE_FACTORS), None)
+    if factors is not None and not _as_llama_3(config, rope, _dequantised(factors).ravel()):
+        origin.unread.append(ROPE_FACTORS)
+
+
+def _as_llama_3(config: Any, rope: dict[str, Any], factors: np.ndarray) -> bool:
+    """Let a configuration scale frequencies as Llama 3 does, where that gives these factors."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, before = rope["rope_theta"], dict(rope)
+    plain = theta ** -(np.arange(len(factors)) / len(factors))
+    for factor in (8.0, 16.0, 32.0, 64.0):
+        rope |= {"rope_type": "llama3", "factor": factor, **LLAMA_3}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        if len(scaled) == len(plain) and np.allclose(plain / scaled.numpy(), factors, rtol=1e-4):
+            return True
+    rope.clear()
+    rope |= before
+    return False
