@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once
-from streamgauge.checkpoints.untrusted import strange
+from streamgauge.checkpoints.formats.gguf_settings import Settings, complete
+from streamgauge.checkpoints.untrusted import refuse_counts, strange
 from streamgauge.errors import CheckpointError, NotInstalledError, first_line
 from streamgauge.numerics.grids import even_grid
 from streamgauge.progress import track
@@ -35,24 +36,7 @@ CODES = {
     **{"IQ4_NL": (3, 32), "IQ4_XS": (3, 256), "MXFP4": (2, 32)},
 }
 COARSEST = (1, 256)  # what is taken for types that have no grid of single numbers
-# Keys of a file beside those that transformers reads, and what its configurations call them.
-SAME = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
-# Keys that say nothing of the function, or nothing that shapes and other keys do not say.
-NO_FUNCTION = re.compile(
-    r"context_length$|rope\.dimension_count$|rope\.scaling\.|attention\.causal$|vocab_size$"
-    r"|tensor_data_layout$|use_parallel_residual$|feed_forward_length$"
-)
 ROPE_FACTORS = "rope_freqs.weight"
-LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA_3 |= {"original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -71,6 +55,24 @@ class Gguf:
     def tensors(self) -> Iterator[Any]:
         """Of all parts."""
         return (tensor for reader in self.readers for tensor in reader.tensors)
+
+    def settings(self) -> Settings:
+        """What it says of the function that the model computes."""
+        factors = {t.name: t for t in self.tensors() if t.name.startswith("rope_")}
+        return Settings(
+            self.paths[0].name,
+            self.architecture,
+            self.fields,
+            {tensor.name for tensor in self.tensors()},
+            {name: _dequantised(tensor).ravel() for name, tensor in factors.items()},
+            len(self.paths) > 1,
+        )
+
+    def predicts_further(self, name: str) -> bool:
+        """Whether a tensor is one of the last blocks that predict further tokens."""
+        further = self.fields.get(f"{self.architecture}.nextn_predict_layers", 0)
+        depth = self.fields.get(f"{self.architecture}.block_count", 0)
+        return bool(further) and _block(name) >= depth - further
 
 
 def _block(name: str) -> int:
@@ -163,11 +165,12 @@ def _convert(file: Gguf, writer: Writer) -> None:
     folder = file.paths[0].parent
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **where)
-        _complete(config, file, writer.origin)
+        complete(config, file.settings(), writer.origin)
+        refuse_counts(file.paths[0], config.to_dict(), sum(1 for _ in file.tensors()))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         conversion = _by_converters if file.architecture in _converted_archs() else _by_processor
-        convert_block = conversion(file.architecture, model, writer.origin)
+        convert_block = conversion(file, model, writer.origin)
     except strange(OSError, NotImplementedError) as error:
         raise CheckpointError(
             f"transformers cannot read {file.paths[0].name} ({file.architecture}): "
@@ -214,13 +217,13 @@ class _Tensor:
     rounding: float | None
 
 
-def _by_processor(architecture: str, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
+def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
     """What makes a block's tensors, by transformers' tables of names and of what llama.cpp does to
     single tensors.
     """
     from transformers import modeling_gguf_pytorch_utils as tables
 
-    kind = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
+    kind = tables.TENSOR_PROCESSORS.get(file.architecture, tables.TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names = tables.get_gguf_hf_weights_map(model, processor)
 
@@ -241,7 +244,7 @@ def _by_processor(architecture: str, model: Any, origin: Origin) -> Callable[...
             elif out.name in names:
                 values = torch.from_numpy(np.array(out.weights, np.float32))
                 found.append(_Tensor(names[out.name], values, tensor.tensor_type.name, rounding))
-            else:
+            elif not file.predicts_further(tensor.name):
                 origin.unread.append(tensor.name)
         dtype = ", ".join(sorted({dtype for dtype, _ in merged}))
         most = max((rounding for _, rounding in merged if rounding), default=None)
@@ -257,14 +260,14 @@ def _converted_archs() -> Collection[str]:
     return archs
 
 
-def _by_converters(architecture: str, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
+def _by_converters(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[_Tensor]]:
     """The same by transformers' newer tables, where an architecture has them: names, and chains of
     operations.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.gguf import get_gguf_conversion_mapping
 
-    mapping = get_gguf_conversion_mapping(architecture, model.config)
+    mapping = get_gguf_conversion_mapping(file.architecture, model.config)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
@@ -280,7 +283,7 @@ def _by_converters(architecture: str, model: Any, origin: Origin) -> Callable[..
         found = []
         for name, parts in sources.items():
             if name not in known:
-                origin.unread += [tensor.name for _, tensor in parts]
+                origin.unread += [t.name for _, t in parts if not file.predicts_further(t.name)]
                 continue
             values = {p: torch.from_numpy(np.array(_dequantised(t))) for p, t in parts}
             roundings = [_rounding(_dequantised(t), t.tensor_type.name) for _, t in parts]
@@ -315,66 +318,3 @@ def _rounding(values: np.ndarray, kind: str) -> float | None:
         return None
     bits, block = CODES.get(kind, COARSEST)
     return even_grid(values, bits, block)
-
-
-def _complete(config: Any, file: Gguf, origin: Origin) -> None:
-    """Let a configuration say what the file says and transformers did not read of it."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-
-    names = {tensor.name for tensor in file.tensors()}
-    if len(file.readers) > 1 and config.model_type not in ("falcon", "bloom"):
-        config.tie_word_embeddings = "output.weight" not in names  # transformers saw one part
-    arch = file.architecture
-    text = config.get_text_config()
-    _complete_rope(text, file, origin)
-    read = set(GGUF_CONFIG_MAPPING.get(text.model_type.removesuffix("_text"), ()))
-    for key in [key for key in file.fields if key.startswith(f"{arch}.")]:
-        short, value = key.removeprefix(f"{arch}."), file.fields[key]
-        if arch in GGUF_CONFIG_ARCHS or short in read or NO_FUNCTION.search(short):
-            continue
-        if short in SAME and hasattr(text, SAME[short]):
-            setattr(text, SAME[short], value)
-        else:
-            origin.unread.append(f"{key} = {str(value)[:60]}")
-
-
-def _complete_rope(config: Any, file: Gguf, origin: Origin) -> None:
-    """Scaled rotary positions: by the file's keys, or by factors of each frequency, of which those
-    of Llama 3 are told.
-    """
-    said = {
-        key.partition(".rope.scaling.")[2]: value
-        for key, value in file.fields.items()
-        if ".rope.scaling." in key
-    }
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # where kinds of layers have their own
-    kind = said.get("type", "none")
-    if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": float(said["factor"])}
-        if "original_context_length" in said:
-            rope["original_max_position_embeddings"] = int(said["original_context_length"])
-        known = {"type", "factor", "original_context_length", "finetuned"}
-        origin.unread += [f"rope.scaling.{k} = {said[k]}" for k in sorted(set(said) - known)]
-    elif kind != "none":
-        origin.unread.append(f"rope.scaling.type = {kind}")
-    factors = next((t for t in file.tensors() if t.name == ROPE_FACTORS), None)
-    if factors is not None and not _as_llama_3(config, rope, _dequantised(factors).ravel()):
-        origin.unread.append(ROPE_FACTORS)
-
-
-def _as_llama_3(config: Any, rope: dict[str, Any], factors: np.ndarray) -> bool:
-    """Let a configuration scale frequencies as Llama 3 does, where that gives these factors."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    theta, before = rope["rope_theta"], dict(rope)
-    plain = theta ** -(np.arange(len(factors)) / len(factors))
-    for factor in (8.0, 16.0, 32.0, 64.0):
-        rope |= {"rope_type": "llama3", "factor": factor, **LLAMA_3}
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-        if len(scaled) == len(plain) and np.allclose(plain / scaled.numpy(), factors, rtol=1e-4):
-            return True
-    rope.clear()
-    rope |= before
-    return False
