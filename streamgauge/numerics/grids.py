@@ -2,6 +2,8 @@
 
 import numpy as np
 
+ROWS = 2048  # of a matrix that are looked at at once
+
 
 def even_grid(values: np.ndarray, bits: int, block: int) -> float:
     """The most that rounding to 2^bits steps, as wide as each block of numbers, can have moved a
@@ -11,14 +13,15 @@ def even_grid(values: np.ndarray, bits: int, block: int) -> float:
     at most, p the largest absolute number of the block; narrower grids are finer. values: the
     rounded numbers, (…, n), blocks along the last axis; 0 for a tensor of zeros.
     """
-    flat = np.abs(np.asarray(values, np.float32)).reshape(-1, values.shape[-1])
-    norm = float(np.linalg.norm(flat))
-    if not norm:
-        return 0.0
+    flat = np.asarray(values).reshape(-1, values.shape[-1])
     starts = np.arange(0, flat.shape[1], block)
     widths = np.diff([*starts, flat.shape[1]])
-    peaks = np.maximum.reduceat(flat, starts, axis=1)
-    return float(np.sqrt((peaks.astype(np.float64) ** 2 @ widths).sum()) / (2**bits - 1) / norm)
+    steps = total = 0.0
+    for first in range(0, len(flat), ROWS):  # no copy of a large table
+        rows = np.abs(flat[first : first + ROWS].astype(np.float64))
+        peaks = np.maximum.reduceat(rows, starts, axis=1)
+        steps, total = steps + float((peaks**2 @ widths).sum()), total + float((rows**2).sum())
+    return float(np.sqrt(steps / total) / (2**bits - 1)) if total else 0.0
 
 
 def float_grid(values: np.ndarray, mantissa: int, smallest: float) -> float:

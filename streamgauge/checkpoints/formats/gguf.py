@@ -37,6 +37,7 @@ CODES = {
 }
 COARSEST = (1, 256)  # what is taken for types that have no grid of single numbers
 ROPE_FACTORS = "rope_freqs.weight"
+ROWS = 4096  # of a matrix that are dequantised at once
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def _opened(paths: Sequence[Path]) -> Gguf:
         for name, one in readers[0].fields.items()
         if not name.startswith("tokenizer.")
     }
+    for name in [name for name in readers[0].fields if name.startswith("tokenizer.")]:
+        del readers[0].fields[name]  # an object for each token
     said = fields.get("split.tensors.count")
     found = sum(len(reader.tensors) for reader in readers)
     if said is not None and int(said) != found:
@@ -242,7 +245,7 @@ def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[
             if out.name is None:
                 merged.append((tensor.tensor_type.name, rounding))
             elif out.name in names:
-                values = torch.from_numpy(np.array(out.weights, np.float32))
+                values = torch.from_numpy(np.ascontiguousarray(out.weights, np.float32))
                 found.append(_Tensor(names[out.name], values, tensor.tensor_type.name, rounding))
             elif not file.predicts_further(tensor.name):
                 origin.unread.append(tensor.name)
@@ -285,8 +288,9 @@ def _by_converters(file: Gguf, model: Any, origin: Origin) -> Callable[..., list
             if name not in known:
                 origin.unread += [t.name for _, t in parts if not file.predicts_further(t.name)]
                 continue
-            values = {p: torch.from_numpy(np.array(_dequantised(t))) for p, t in parts}
-            roundings = [_rounding(_dequantised(t), t.tensor_type.name) for _, t in parts]
+            arrays = [(pattern, t.tensor_type.name, _dequantised(t)) for pattern, t in parts]
+            roundings = [_rounding(array, kind) for _, kind, array in arrays]
+            values = {pattern: torch.from_numpy(array) for pattern, _, array in arrays}
             converter: Any = by_pattern.get(parts[0][0])
             for operation in converter.operations if converter else ():
                 values = operation.convert(
@@ -304,10 +308,18 @@ def _by_converters(file: Gguf, model: Any, origin: Origin) -> Callable[..., list
 
 
 def _dequantised(tensor: Any) -> np.ndarray:
+    """A tensor in fp32, made of some of its rows after the other: the library takes several times
+    what comes out.
+    """
     from gguf import dequantize
 
-    values: np.ndarray = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    return values
+    shape = [int(size) for size in reversed(tensor.shape)]
+    values = np.empty((int(np.prod(shape[:-1])), shape[-1]), np.float32)
+    data = tensor.data.reshape(len(values), -1)
+    for first in range(0, len(values), ROWS):
+        here = slice(first, first + ROWS)
+        values[here] = dequantize(data[here], tensor.tensor_type)
+    return values.reshape(shape)
 
 
 def _rounding(values: np.ndarray, kind: str) -> float | None:
