@@ -47,7 +47,7 @@ MEASURING = ("torch", "transformers", "transformer_lens", "accelerate", "greenle
 # anew, and keep the others.
 GROUPS = {
     "instrument": 2,
-    "stream": 2,
+    "stream": 3,
     "weights": 5,
     "neurons": 1,
     "sublayers": 3,
@@ -60,6 +60,8 @@ GROUPS = {
     "prediction": 2,
     "rounding": 3,
 }
+
+CONFIG_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 # Entries of a configuration that change nothing of what the model computes when it is not trained.
 NOT_FUNCTION = re.compile(
@@ -343,6 +345,8 @@ def _matrices(groups: dict[str, Group], known: Record | None) -> dict[str, Any]:
 
 def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
     """One line where the tokenizer has tokens that the embedding has no row for."""
+    if checkpoint.origin and checkpoint.origin.format == "GGUF":
+        return []  # the file lists a token for each row; transformers adds what it misses there
     tokenizer, rows = load_tokenizer(checkpoint.folder), model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
     return (
@@ -350,6 +354,16 @@ def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
         if largest >= rows
         else []
     )
+
+
+def _config_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that a configuration names for the model, as safetensors spells it."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        said = place.get("dtype") or place.get("torch_dtype")
+        if isinstance(said, str):
+            return CONFIG_DTYPES.get(said.removeprefix("torch."), said)
+    return None
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -457,6 +471,7 @@ def _metadata(
         "architecture": type(model).__name__,
         "config": _config(model),
         "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
+        "config_dtype": _config_dtype(checkpoint.config()),
         "converted_from": None
         if origin is None
         else {

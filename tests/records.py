@@ -59,6 +59,7 @@ def sound_record(
         "mlp_out": mlp,
         "pre_dot_attn": sign * pre * attn,
         "mid_dot_mlp": (pre + sign * attn) * sign * mlp,
+        "largest": post / 4,
         "additivity_error": np.full(pre.shape, 1e-8),
         "ln1_scale": np.sqrt(pre**2 / D_MODEL + 1e-5),
         "ln1_residual": np.full(pre.shape, 1e-8),

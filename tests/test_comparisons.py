@@ -246,11 +246,12 @@ def test_a_table_lists_so_many_of_a_kind() -> None:
         "  layer 2 attn W  moved by 3.0  (6.0× what is allowed)",
         "  layer 1 attn W  moved by 2.0  (4.0× what is allowed)",
         "  1 more; --all prints them",
-        "norms: 0 of 1 differ",
+        "norms: 0 of 1 differ; the most: layer 1 attn W: moved by 0.1 (0.2× what is allowed)",
         "not compared, for want of data in one of the two: config, activations, predictions",
     ]
     lines, differs = table({"norms": found["norms"]}, None)
-    assert not differs and lines[0] == "norms: 0 of 1 differ"
+    assert not differs and lines[0].startswith("norms: 0 of 1 differ; the most: layer 1 attn W")
+    assert table({"norms": [difference(1, 0.0)]}, None)[0][0] == "norms: 0 of 1 differ"
     assert len(table(found, None)[0]) == 6
 
 

@@ -42,6 +42,7 @@ COVERED = {
     "MLP: hidden structure": ["mlp/hidden_structure"],
     "weights: writing grows, reading does not": ["weights/writing_grows", "weights/reading_stays"],
     "weights: embedding norm": ["weights/embedding_norm"],
+    "stream: fits the dtype it is stored in": ["residual/fits_dtype"],
     "weights: integrity": ["weights/integrity", "weights/gains_vary", "weights/repeated_blocks"],
     "attention: spectral trajectory": [
         "attention/circuit_norms",

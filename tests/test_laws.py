@@ -61,6 +61,15 @@ def _heads_reversed(n_layers: int) -> Record:
     )
 
 
+def _too_large_for_fp16() -> Record:
+    """Stored in bf16, run in fp16, and from layer 9 on larger than that holds."""
+    record = sound_record(stored_dtype="BF16", config_dtype="F16")
+    largest = record.arrays["stream/largest"]
+    largest[:] = 60_000
+    largest[9:, 3] = 65_504
+    return record
+
+
 def _faulty(kind: str) -> Callable[[], Record]:
     return lambda: sound_record(
         integrity={"not_finite": [], "dead": [], "alike": [], "reset": [], "repeated": []}
@@ -342,6 +351,12 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "upscaled",
         _faulty("repeated"),
         "runs of repeated blocks | h.3.mlp",
+    ),
+    (
+        "residual/fits_dtype",
+        "fp16",
+        _too_large_for_fp16,
+        "largest activation over the largest number of F16 | layer 9 first",
     ),
     ("weights/integrity", "untied", _faulty("untied"), "the embedding they are tied to"),
     ("weights/integrity", "beside", _faulty("beside"), "files beside that hold other weights"),

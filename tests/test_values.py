@@ -266,6 +266,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     "weights/embedding_norm": lambda: [np.linalg.norm(RESID[0, TEXT]) / TEXT.sum() ** 0.5],
     "weights/gains_vary": lambda: [1],
     "weights/repeated_blocks": lambda: [0],
+    "residual/fits_dtype": lambda: [A["stream/largest"].max() / (2 - 2.0**-23) / 2.0**127],
     "weights/integrity": lambda: [0] * 8,
     "depth/earlier_outputs_fade": lambda: [
         np.exp(slope((A["sublayers/pre_dot_mlp_0"] / (PRE * MLP[0]))[:, TEXT].mean(1)))

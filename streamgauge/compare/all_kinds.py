@@ -50,7 +50,8 @@ def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[
             if differing and nearest_layers(differing) != "no layer"
             else ""
         )
-        lines.append(f"{kind}: {len(differing):,} of {len(compared):,} differ{where}")
+        most = "" if differing else _most(compared)
+        lines.append(f"{kind}: {len(differing):,} of {len(compared):,} differ{where}{most}")
         shown = differing if listed is None else differing[:listed]
         width = max((len(one.where) for one in shown), default=0)
         lines += [
@@ -63,3 +64,11 @@ def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[
     if missing:
         lines.append(f"not compared, for want of data in one of the two: {', '.join(missing)}")
     return lines, any(beyond(compared) for compared in found.values())
+
+
+def _most(compared: list[Difference]) -> str:
+    """What differs most of what rounding explains, in words; nothing where all is the same."""
+    most = max(compared, key=lambda one: one.excess)
+    if not most.excess:
+        return ""
+    return f"; the most: {most} ({most.excess:.2g}× what is allowed)"

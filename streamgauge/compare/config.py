@@ -1,8 +1,10 @@
 """Two configurations, entry by entry."""
 
+import math
 from typing import Any
 
 from streamgauge.compare.difference import Difference
+from streamgauge.compare.rounding import FP32
 from streamgauge.errors import NotApplicable
 from streamgauge.record import Record
 
@@ -19,8 +21,17 @@ def compare_config(old: Record, new: Record) -> list[Difference]:
     for name in sorted(set(before) | set(after)):
         one, other = before.get(name), after.get(name)
         says = f"{_short(one)} in the baseline, now {_short(other)}"
-        found.append(Difference(name, "config", 0.0 if one == other else 1.0, 0.5, says))
+        found.append(Difference(name, "config", 0.0 if _same(one, other) else 1.0, 0.5, says))
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, but for numbers that a format keeps in fp32."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=FP32)
+    return bool(one == other)
 
 
 def _short(value: Any) -> str:

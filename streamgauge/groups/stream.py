@@ -114,6 +114,8 @@ class StreamMeter:
         block = {name: self.layout.centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
         for name, x in block.items():
             self._note(layer, name, norm(x, dim=-1))
+        sizes = [x.abs().amax(-1) for name, x in raw.items() if name != "ln1.hook_out"]
+        self._note(layer, "largest", torch.stack(sizes).amax(0))
         if "ln1.hook_out" in raw:
             self._read_norm(layer, block["resid_pre"], raw["ln1.hook_out"])
         if not self.layout.pre_norm:
@@ -129,8 +131,8 @@ class StreamMeter:
         for part in parts[1:]:
             error = error - part
         # Rounding is relative to the raw vectors, whose mean the convention takes away.
-        sizes = sum(norm(x, dim=-1) for x in parts)
-        self._note(layer, "additivity_error", norm(error, dim=-1) / sizes.clamp_min(TINY))
+        total = sum(norm(x, dim=-1) for x in parts)
+        self._note(layer, "additivity_error", norm(error, dim=-1) / total.clamp_min(TINY))
 
     def _read_norm(self, layer: int, resid: "torch.Tensor", output: "torch.Tensor") -> None:
         """The factor between gain * resid and the norm's output, by least squares, and what it

@@ -179,11 +179,19 @@ def _convert(file: Gguf, writer: Writer) -> None:
             f"transformers cannot read {file.paths[0].name} ({file.architecture}): "
             f"{first_line(error)}."
         ) from error
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = sorted(file.tensors(), key=lambda t: _block(t.name))
     for _, block in itertools.groupby(
         track(tensors, "dequantising", show=True), key=lambda t: _block(t.name)
     ):
         for one in convert_block([t for t in block if t.name != ROPE_FACTORS]):
+            found = list(one.values.shape)
+            if found != shapes.get(one.name, found):
+                raise CheckpointError(
+                    f"{file.paths[0].name} holds {one.name} as {found}, where what it says of the "
+                    f"model makes {shapes[one.name]}: it is damaged, or a variant that "
+                    "transformers cannot read."
+                )
             writer.add(one.name, one.values, one.dtype, one.rounding)
     _refuse_unfilled(model, file, writer.origin)
     config.architectures = [type(model).__name__]

@@ -36,10 +36,9 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"codes of {bits} bits")
     codes = unpack(parts["qweight"].T, bits)  # out, in
-    zeros = unpack(parts["qzeros"], bits).T  # out, groups
+    first_version = said.get("checkpoint_format", "gptq") != "gptq_v2"
+    zeros = _zeros(parts["qzeros"], bits, first_version).T  # out, groups
     scales = parts["scales"].float().T
-    if said.get("checkpoint_format", "gptq") != "gptq_v2":
-        zeros = zeros + 1  # the first version stores them less one
     size = int(said["group_size"])
     groups = parts.get("g_idx")
     if groups is None:
@@ -51,6 +50,19 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     block = size if size > 0 else values.shape[1]
     together = values[:, torch.argsort(groups, stable=True)]  # a group's inputs side by side
     return Made(values, f"{NAME} {bits} bit", STEPS * even_grid(together.numpy(), bits, block))
+
+
+def _zeros(words: "torch.Tensor", bits: int, first_version: bool) -> "torch.Tensor":
+    """The zeros in each row of words; the format's first version stores them less one.
+
+    It takes one from all zeros of a word at once, so that a zero of 0 borrows from the next.
+    """
+    if not first_version:
+        return unpack(words, bits)
+    if bits == 3:  # where words do not hold whole zeros
+        return (unpack(words, bits) + 1) & (2**bits - 1)
+    ones = sum(1 << place for place in range(0, 32, bits))
+    return unpack(words.long() + ones, bits)
 
 
 def unpack(words: "torch.Tensor", bits: int) -> "torch.Tensor":
