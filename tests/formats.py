@@ -110,29 +110,38 @@ def _say_llama(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _say_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
-    """The vocabulary as SentencePiece has it, or an invented one where the folder has none."""
-    path = folder / "tokenizer.json"
-    tokens = [f"<{n}>" for n in range(config["vocab_size"])]
+    """The vocabulary of tokenizer.json, of bytes or as SentencePiece has it; an invented one where
+    the folder has none.
+    """
+    path, merges = folder / "tokenizer.json", None
+    tokens = ["<unk>", "<s>", "</s>", *(f"<{n}>" for n in range(3, config["vocab_size"]))]
     if path.is_file():
-        vocabulary = json.loads(path.read_text())["model"]["vocab"]
-        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    kinds = [
-        gguf.TokenType.CONTROL
-        if n in (1, 2)
-        else gguf.TokenType.UNKNOWN
-        if n == 0
-        else gguf.TokenType.BYTE
-        if re.fullmatch("<0x..>", token)
-        else gguf.TokenType.NORMAL
-        for n, token in enumerate(tokens)
-    ]
-    writer.add_tokenizer_model("llama")
+        said = json.loads(path.read_text())["model"]
+        tokens = sorted(said["vocab"], key=said["vocab"].__getitem__)
+        merges = None if said.get("byte_fallback") else said["merges"]
+    kinds = [_kind(n, token) for n, token in enumerate(tokens)]
+    writer.add_tokenizer_model("llama" if merges is None else "gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_scores([-float(n) for n in range(len(tokens))])
+    if merges is None:
+        writer.add_token_scores([-float(n) for n in range(len(tokens))])
+    else:
+        writer.add_token_merges(
+            [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        )
+        writer.add_tokenizer_pre("smollm")
     writer.add_token_types(kinds)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+
+
+def _kind(number: int, token: str) -> gguf.TokenType:
+    if number == 0:
+        return gguf.TokenType.UNKNOWN
+    if number in (1, 2):
+        return gguf.TokenType.CONTROL
+    byte = re.fullmatch("<0x..>", token)
+    return gguf.TokenType.BYTE if byte else gguf.TokenType.NORMAL
 
 
 def _linear(name: str, array: np.ndarray) -> bool:

