@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamgauge.catalogued import location
-from streamgauge.checkpoints.contents import pickles_that_differ
+from streamgauge.checkpoints.contents import pickles_that_differ, shards_that_differ
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint, stored_dtypes, weights_sha256
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import load_tokenizer
@@ -256,7 +256,8 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
             "unread": opened.unread + (checkpoint.origin.unread if checkpoint.origin else []),
             "tokenizer": beyond,
             "untied": opened.untied,
-            "beside": pickles_that_differ(checkpoint.folder, checkpoint.files),
+            "beside": pickles_that_differ(checkpoint.folder, checkpoint.files)
+            + shards_that_differ(checkpoint.folder, checkpoint.files),
         }
         metadata |= {"precision": reached, "left_out": opened.left_out}
         arrays: dict[str, np.ndarray] = {}

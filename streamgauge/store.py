@@ -113,6 +113,7 @@ class Store:
             f"built-in {prompts is None}",
             f"device {device}",
             KEY,
+            *_beside(checkpoint),
             *([] if precision is None else [f"precision {precision}"]),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -122,3 +123,14 @@ class Store:
         every run.
         """
         return remembered_sha256(checkpoint.own_files, self.folder / "hashes")
+
+
+def _beside(checkpoint: Checkpoint) -> list[str]:
+    """Files beside the weights that may hold others, which a record speaks of too."""
+    own = {path.name for path in checkpoint.files}
+    others = [
+        path
+        for path in sorted(checkpoint.folder.iterdir())
+        if path.suffix in (".safetensors", ".bin") and path.is_file() and path.name not in own
+    ]
+    return [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in others]

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import streamgauge
 from streamgauge.checkpoints.contents import why_unfit
+from streamgauge.compare import beyond, compare_config
 from streamgauge.groups.tensors import repeated_blocks
 from tests import models
 from tests.conftest import Audit
@@ -134,6 +136,48 @@ def in_two_shards(folder: Path) -> None:
     sharded(folder, lambda array: array + 1)
 
 
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 12345\n"
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text(LFS)
+
+
+def pointer_of_a_configuration(folder: Path) -> None:
+    (folder / "config.json").write_text(LFS)
+
+
+def flattened(folder: Path) -> None:
+    flat = {f"model.layers.{n}._fsdp_wrapped_module._flat_param": np.ones(9) for n in range(3)}
+    rewrite(folder, lambda tensors: flat)
+
+
+def without_head(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+
+
+def head_in_the_index_alone(folder: Path) -> None:
+    sharded(folder, lambda array: array)
+    first, second = sorted(folder.glob("*.safetensors"))
+    for path in (first, second):
+        held = {n: t for n, t in load_file(path).items() if n != "lm_head.weight"}
+        save_file(held, path, metadata={"format": "pt"})
+
+
+def resized(folder: Path) -> None:
+    tables = ("lm_head.weight", "model.embed_tokens.weight")
+    rewrite(folder, lambda tensors: {n: t[:-3] if n in tables else t for n, t in tensors.items()})
+
+
+def said_to_be_quantised(folder: Path) -> None:
+    configured(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def by_mlx(folder: Path) -> None:
+    said = {"group_size": 64, "bits": 4}
+    configured(folder, quantization=said, quantization_config=said)
+
+
 REFUSED: dict[Callable[[Path], None], str] = {
     below("_orig_mod."): "have `_orig_mod.` in them, _orig_mod.lm_head.weight first, as "
     "torch.compile leaves them: save the model that was compiled",
@@ -158,6 +202,18 @@ REFUSED: dict[Callable[[Path], None], str] = {
     trainer_s_files_alone: "has no weights: neither model.safetensors nor",
     in_two_shards: "lies in model-00001-of-00002.safetensors and model-00002-of-00002.safetensors "
     "with different numbers",
+    pointer: "model.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+    pointer_of_a_configuration: "config.json is a pointer of Git LFS, not the file itself",
+    flattened: "3 tensors are parameters that FSDP flattened into one each, model.layers.0._fsdp_",
+    without_head: "lm_head.weight first: config.json does not tie it to the embedding; where it is "
+    "that, as writers leave it that keep shared tensors once, set tie_word_embeddings to true",
+    head_in_the_index_alone: "lm_head.weight first: its index names lm_head.weight in "
+    "model-00001-of-00002.safetensors, which does not hold it",
+    resized: "lm_head.weight has 94 rows and config.json's vocab_size is 97: the tables were "
+    "resized",
+    said_to_be_quantised: "has a quantization_config that says bitsandbytes, and no tensor is "
+    "stored so: take it out of config.json",
+    by_mlx: "holds weights quantised as MLX stores them, which streamgauge cannot open",
 }
 
 
@@ -319,3 +375,31 @@ def test_nothing_is_made_up_where_names_and_shapes_say_nothing() -> None:
     assert why_unfit({"a.weight": (2, 3)}, asked, False) is None
     assert why_unfit({"x.a.weight": (2, 3), "y.b.weight": (3, 3)}, asked, False) is None
     assert why_unfit({"a.qweight": (2, 3)}, asked, True) is None
+
+
+def test_shards_of_an_earlier_save_are_found(folder: Path, audit: Auditing) -> None:
+    stray = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(folder / "model.safetensors")
+    save_file({DOWN: tensors[DOWN]}, stray)
+    assert audit("--model", folder, "-k", "integrity").exit == 0  # the same numbers
+    save_file({DOWN: tensors[DOWN] + 1}, stray)
+    row = audit("--model", folder, "-k", "integrity").row("weights/integrity")
+    assert row["outcome"] == "fail" and row["what"] == "files beside that hold other weights"
+    assert row["of"] == (
+        f"{stray.name}, which no index names, holds other numbers than the checkpoint for 1 "
+        f"tensors, {DOWN} first"
+    )
+    save_file({DOWN: tensors[DOWN][:, :3].copy()}, stray)
+    assert audit("--model", folder, "-k", "integrity").exit == 1  # another shape
+    save_file({"unheard.of": tensors[DOWN]}, stray)
+    assert audit("--model", folder, "-k", "integrity").exit == 0  # as consolidated.safetensors
+    stray.write_bytes(b"damaged")
+    assert audit("--model", folder, "-k", "integrity").exit == 0
+
+
+def test_a_lost_rope_base_is_found_by_a_comparison(folder: Path, sound: Path) -> None:
+    configured(sound, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
+    configured(folder, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    records = [streamgauge.measure(path, groups=["stream"]) for path in (sound, folder)]
+    (differing,) = beyond(compare_config(*records))
+    assert differing.name == "rope_parameters" and "'rope_theta': 500000.0" in differing.says

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from streamgauge.checkpoints.headers import Header, headers, read_raw
 from streamgauge.checkpoints.untrusted import read_json
+from streamgauge.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
@@ -33,7 +34,9 @@ WRAPPERS = {
     ),
 }
 PACKED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|absmax|weight_scale_inv)$")
+TABLE = re.compile(r"embed|wte|head|output", re.IGNORECASE)  # with a row for each token
 LORA = re.compile(r"\.lora_[AB]\.")
+FLAT = "_flat_param"
 ADAPTER = "adapter_config.json"
 
 
@@ -56,6 +59,12 @@ def why_unfit(held: Mapping[str, Shape], asked: Mapping[str, Shape], quantised: 
         return (
             f"it holds matrices of a LoRA adapter, {lora[0]} first, beside the weights: merge them "
             "(PEFT's merge_and_unload) and save what comes out"
+        )
+    flat = sorted(name for name in held if name.endswith(FLAT))
+    if flat:
+        return (
+            f"{len(flat)} tensors are parameters that FSDP flattened into one each, {flat[0]} "
+            "first: save a full state dict, gathered by FSDP"
         )
     return _wrapped(held, missing) or _shapes(held, asked)
 
@@ -94,6 +103,13 @@ def _shapes(held: Mapping[str, Shape], asked: Mapping[str, Shape]) -> str | None
         )
     first = other[0]
     shapes = f"{list(held[first])} in the file, {list(asked[first])} in the model"
+    if len({(held[name][0], asked[name][0]) for name in other}) == 1 and all(
+        TABLE.search(name) and held[name][1:] == asked[name][1:] for name in other
+    ):
+        return (
+            f"{first} has {held[first][0]:,} rows and config.json's vocab_size is "
+            f"{asked[first][0]:,}: the tables were resized, or config.json belongs to another model"
+        )
     if all(held[name] == asked[name][::-1] for name in other):
         return f"{len(other)} matrices are transposed, {first} first ({shapes})"
     return (
@@ -180,6 +196,35 @@ def pickles_that_differ(folder: Path, files: Sequence[Path]) -> list[str]:
         f"{beside[0].name} holds other numbers than the safetensors for {len(other)} tensors, "
         f"{min(other)} first"
     ]
+
+
+def shards_that_differ(folder: Path, files: Sequence[Path]) -> list[str]:
+    """One line for each safetensors file beside those of the checkpoint, as an earlier set of
+    shards, that holds other numbers under names of theirs.
+    """
+    own = {header.name: header for header in headers(files)}
+    names = {path.name for path in files}
+    lines = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name in names or not path.is_file():
+            continue
+        try:
+            others = [h for h in headers([path]) if h.name in own]
+        except CheckpointError:
+            continue  # damaged: nothing can be told, and nothing reads it
+        other = [h.name for h in others if not _same(h, own[h.name])]
+        if other:
+            lines.append(
+                f"{path.name}, which no index names, holds other numbers than the checkpoint for "
+                f"{len(other)} tensors, {min(other)} first"
+            )
+    return lines
+
+
+def _same(one: Header, other: Header) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return read_raw(one.path, one.name) == read_raw(other.path, other.name)
 
 
 def _size_and_sum(header: Header) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from streamgauge.checkpoints.untrusted import (
     refuse_counts,
     refuse_large_texts,
     refuse_links,
+    refuse_pointers,
 )
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
 
@@ -116,6 +117,7 @@ def _of_gguf(name: str, path: Path, revision: str | None, store: Path) -> Checkp
     parts = gguf.parts_of(path)
     if len(parts) > 1:  # a file that the user named may lie anywhere, its parts beside it
         refuse_links(path.parent)
+    refuse_pointers(parts)
     folder, origin = gguf.convert(path, store)
     return _converted(name, folder, origin, revision)
 
@@ -199,6 +201,7 @@ def _inspect(
     name: str, folder: Path, revision: str | None, allow_pickle: bool, store: Path
 ) -> Checkpoint:
     refuse_links(folder)  # before any file of it is read
+    refuse_pointers(sorted(folder.iterdir()))
     refuse_large_texts(folder)
     models = gguf.models_in(folder)
     if models and not _has_safetensors(folder):
@@ -292,6 +295,15 @@ def _shards(folder: Path) -> set[str]:
             f"{folder / INDEX} has no weight_map from tensors to files; copy the checkpoint again."
         )
     return set(weight_map.values())
+
+
+def named_in_vain(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """The tensors that the index names and no file holds, and the file that it names for each."""
+    if not (checkpoint.folder / INDEX).is_file():
+        return []
+    weight_map = read_json(checkpoint.folder / INDEX)["weight_map"]
+    held = tensor_names(checkpoint)
+    return sorted((name, file) for name, file in weight_map.items() if name not in held)
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

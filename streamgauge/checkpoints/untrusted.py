@@ -4,7 +4,7 @@ taken for it.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 READ = (*TEXTS, ".safetensors", ".gguf", *PICKLED)  # files of a folder that something may open
 JSON_LIMIT = 2**26  # bytes of a configuration or an index
 TOKENIZER_LIMIT = 2**29  # bytes of any other file but weights
+POINTER, POINTER_LIMIT = b"version https://git-lfs", 1024
 LARGEST = 10**6  # of a number in a configuration that counts parts
 COUNTS_NO_PARTS = re.compile(
     r"theta|window|position|length|token|vocab|_id|scal|factor|size|seed|context|base|inner|dim|ctx|embd|value"
@@ -53,6 +54,19 @@ def refuse_links(folder: Path) -> None:
             ):
                 raise CheckpointError(
                     f"{path} is a link out of its folder; refused. Copy the file itself there."
+                )
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Raise CheckpointError for a file of Git LFS that stands for the one that is meant."""
+    for path in paths:
+        if path.suffix in READ and path.is_file() and path.stat().st_size < POINTER_LIMIT:
+            with path.open("rb") as file:
+                pointer = file.read(len(POINTER)) == POINTER
+            if pointer:
+                raise CheckpointError(
+                    f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in "
+                    "its folder, or download the file."
                 )
 
 

@@ -14,6 +14,7 @@ from streamgauge.checkpoints.contents import why_unfit
 from streamgauge.checkpoints.files import (
     Checkpoint,
     count_elements,
+    named_in_vain,
     stored_dtypes,
     stored_shapes,
     tensor_names,
@@ -24,6 +25,7 @@ from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.names import LAYER, layer_of
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
+HEADS = ("lm_head.weight", "embed_out.weight")
 FURTHER = re.compile(r"nextn_predict_layers$|^mtp_num.*layers$|^num_mtp.*layers$")
 # What parts beside a language model are called.
 BESIDE = re.compile(r"vision|visual|image|audio|speech|multi_modal|projector")
@@ -182,13 +184,28 @@ def _why_unfit(checkpoint: Checkpoint, auto: Any, config: Any) -> str | None:
 
 def _refuse_missing(checkpoint: Checkpoint, auto: Any, config: Any, missing: list[str]) -> None:
     if missing:
-        why = _why_unfit(checkpoint, auto, config) or (
-            "the checkpoint is truncated or its config belongs to another model"
+        why = (
+            _why_unfit(checkpoint, auto, config)
+            or _why_missing(checkpoint, missing)
+            or "the checkpoint is truncated or its config belongs to another model"
         )
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the tensors its config.json asks for, "
             f"{min(missing)} first: {why}."
         )
+
+
+def _why_missing(checkpoint: Checkpoint, missing: list[str]) -> str | None:
+    """What the index says of missing tensors, or a head that is missing alone."""
+    vain = [(name, file) for name, file in named_in_vain(checkpoint) if name in missing]
+    if vain:
+        return f"its index names {vain[0][0]} in {vain[0][1]}, which does not hold it"
+    if len(missing) == 1 and missing[0].endswith(HEADS):
+        return (
+            "config.json does not tie it to the embedding; where it is that, as writers leave it "
+            "that keep shared tensors once, set tie_word_embeddings to true"
+        )
+    return None
 
 
 def _refuse_beyond(checkpoint: Checkpoint, unexpected: Iterable[str], config: Any) -> None:

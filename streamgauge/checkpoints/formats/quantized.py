@@ -88,6 +88,11 @@ def _format(folder: Path, said: dict[str, Any]) -> ModuleType:
     method = str(said.get("quant_method", ""))
     if not method and ("load_in_4bit" in said or "load_in_8bit" in said):
         method = "bitsandbytes"  # as old versions wrote it
+    if not method and {"bits", "group_size"} <= set(said):
+        raise CheckpointError(
+            f"{folder} holds weights quantised as MLX stores them, which streamgauge cannot open; "
+            "convert them with mlx_lm's --dequantize, and name what comes out."
+        )
     if method not in FORMATS:
         raise CheckpointError(
             f"{folder} holds weights quantised as {method or 'no quant_method'!r}, which is not "
@@ -134,8 +139,17 @@ def _write(
     for header in found:
         target, part = chosen.split(header.name) or (header.name, "")
         groups[target][part] = header
+    for parts in groups.values():
+        for header in parts.values() if len(parts) == 1 else ():
+            _refuse_unscaled(header)
+    if not any(_is_packed(chosen, parts) for parts in groups.values()):
+        raise CheckpointError(
+            f"{writer.origin.files[0].parent} has a quantization_config that says {chosen.NAME}, "
+            "and no tensor is stored so: take it out of config.json where the weights were "
+            "dequantised, or copy config.json from where they are from."
+        )
     for target, parts in track(list(groups.items()), "dequantising", show=True):
-        if not chosen.BASES & set(parts) or len(parts) == 1:
+        if not _is_packed(chosen, parts):
             for header in parts.values():
                 _copy(header, writer)
             continue
@@ -154,12 +168,19 @@ def _write(
         writer.add(target, values, made.dtype, made.rounding)
 
 
-def _copy(header: Header, writer: Writer) -> None:
+def _is_packed(chosen: ModuleType, parts: dict[str, Header]) -> bool:
+    return bool(chosen.BASES & set(parts)) and len(parts) > 1
+
+
+def _refuse_unscaled(header: Header) -> None:
     if header.dtype.startswith("F8"):
         raise CheckpointError(
             f"{header.name} holds FP8 numbers ({header.dtype}) and no scales lie beside it: copy "
             "the checkpoint again, with its weight_scale_inv or weight_scale."
         )
+
+
+def _copy(header: Header, writer: Writer) -> None:
     values = _read(header)
     writer.add(header.name, values.float() if values.is_floating_point() else values, header.dtype)
 
