@@ -256,8 +256,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
             "unread": opened.unread + (checkpoint.origin.unread if checkpoint.origin else []),
             "tokenizer": beyond,
             "untied": opened.untied,
-            "beside": pickles_that_differ(checkpoint.folder, checkpoint.files)
-            + shards_that_differ(checkpoint.folder, checkpoint.files),
+            "beside": _beside(checkpoint),
         }
         metadata |= {"precision": reached, "left_out": opened.left_out}
         arrays: dict[str, np.ndarray] = {}
@@ -342,6 +341,15 @@ def _matrices(groups: dict[str, Group], known: Record | None) -> dict[str, Any]:
     if located is not None:
         return located.places  # type: ignore[no-any-return]
     return {} if known is None else known.metadata["matrices"]
+
+
+def _beside(checkpoint: Checkpoint) -> list[str]:
+    """Lines of files beside the weights that hold others, where these are safetensors."""
+    files = checkpoint.own_files
+    if any(path.suffix != ".safetensors" for path in files):
+        return []
+    folder = files[0].parent
+    return pickles_that_differ(folder, files) + shards_that_differ(folder, files)
 
 
 def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:

@@ -127,10 +127,10 @@ class Store:
 
 def _beside(checkpoint: Checkpoint) -> list[str]:
     """Files beside the weights that may hold others, which a record speaks of too."""
-    own = {path.name for path in checkpoint.files}
+    own = {path.name for path in checkpoint.own_files}
     others = [
         path
-        for path in sorted(checkpoint.folder.iterdir())
+        for path in sorted(checkpoint.own_files[0].parent.iterdir())
         if path.suffix in (".safetensors", ".bin") and path.is_file() and path.name not in own
     ]
     return [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in others]

@@ -225,6 +225,15 @@ def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
+def _less_one(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Zeros as the first version of GPTQ stores them: one is taken from all of a word at once."""
+    if bits == 3:
+        return _words((zeros - 1) & 7, bits)
+    ones = sum(1 << place for place in range(0, 32, bits))
+    words = (_words(zeros, bits).long() - ones) & 0xFFFFFFFF
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def gptq(folder: Path, target: Path, bits: int = 4, size: int = 32, ordered: bool = False) -> Path:
     """GPTQ's layout. ordered: whether groups are of inputs that do not lie side by side."""
 
@@ -236,7 +245,7 @@ def gptq(folder: Path, target: Path, bits: int = 4, size: int = 32, ordered: boo
         back = torch.argsort(order)
         return {
             f"{module}.qweight": _words(codes[:, back], bits).T,
-            f"{module}.qzeros": _words((zeros.T - 1) & (2**bits - 1), bits),
+            f"{module}.qzeros": _less_one(zeros.T, bits),
             f"{module}.scales": scales.T.half(),
             f"{module}.g_idx": (torch.arange(len(order)) // size)[back].to(torch.int32),
         }

@@ -30,7 +30,7 @@ NAMED = (
     "gpt-neo-125m gpt-neo-1.3b "
     "gpt-neo-2.7b pythia-14m pythia-31m pythia-70m pythia-160m pythia-410m pythia-1b pythia-1.4b "
     "pythia-2.8b pythia-6.9b "
-    "pythia-12b pystdlib-3m"
+    "pythia-12b pystdlib-3m smollm2-135m"
 )
 
 

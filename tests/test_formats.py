@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 
@@ -18,8 +20,8 @@ from streamgauge.__main__ import main
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint
 from streamgauge.checkpoints.formats import awq, gptq
-from streamgauge.errors import CheckpointError, NotInstalledError, StreamgaugeError
-from streamgauge.numerics.grids import even_grid
+from streamgauge.errors import CheckpointError, NotInstalledError, StoreError, StreamgaugeError
+from streamgauge.numerics.grids import even_grid, uneven_grid, without_grid
 from tests import formats, models
 from tests.conftest import SHARED, Audit
 
@@ -209,13 +211,16 @@ def _packed_fp4(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return blocks, scales, meant.reshape(stack.shape)
 
 
-def test_mxfp4_is_opened_as_gpt_oss_stores_it(tmp_path: Path) -> None:
+def test_mxfp4_is_opened_as_gpt_oss_stores_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, head_dim=16,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    folder = models.save(AutoModelForCausalLM.from_config(config), tmp_path / "gpt-oss")
+    original = models.save(AutoModelForCausalLM.from_config(config), tmp_path / "original")
+    folder = Path(shutil.copytree(original, tmp_path / "gpt-oss"))
     tensors, meant = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         blocks, scales, rounded = _packed_fp4(tensors.pop(name).transpose(1, 2))
@@ -228,6 +233,8 @@ def test_mxfp4_is_opened_as_gpt_oss_stores_it(tmp_path: Path) -> None:
     assert len(meant) == 4
     for name, values in meant.items():
         assert np.array_equal(found[name], values.numpy())
+    assert main(["diff", str(original), str(folder), "--store", str(tmp_path / "store")]) == 0
+    assert "weights: 0 of " in capsys.readouterr().out
 
 
 # What a GGUF file says beyond what transformers reads.
@@ -239,14 +246,29 @@ def _converted(plain: Path, path: Path, change: Callable[[gguf.GGUFWriter], None
     return checkpoint, json.loads((checkpoint.folder / "config.json").read_text())
 
 
-def test_scaled_positions_of_a_gguf_are_read(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_scaled_positions_of_a_gguf_are_read(said: bool, plain: Path, tmp_path: Path) -> None:
     def linear(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        if said:  # or it is what a factor means
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(4.0)
 
     _, config = _converted(plain, tmp_path, linear)
     assert config["rope_parameters"]["rope_type"] == "linear"
     assert config["rope_parameters"]["factor"] == 4.0
+
+
+def test_yarn_of_a_gguf_is_read(plain: Path, tmp_path: Path) -> None:
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        writer.add_float32("llama.rope.scaling.yarn_beta_fast", 16.0)
+
+    _, config = _converted(plain, tmp_path, yarn)
+    rope = config["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["beta_fast"]) == ("yarn", 4.0, 16.0)
+    assert rope["original_max_position_embeddings"] == 16
 
 
 def test_factors_of_llama_3_are_told_from_a_gguf(plain: Path, tmp_path: Path) -> None:
@@ -278,13 +300,16 @@ def test_factors_of_llama_3_are_told_from_a_gguf(plain: Path, tmp_path: Path) ->
         ("llama.attention.scale", 0.5, "llama.attention.scale = 0.5, which transformers does not"),
         ("llama.final_logit_softcapping", 30.0, "final_logit_softcapping = 30"),
         ("llama.rope.scaling.type", "longrope", "scaling.type = longrope"),
+        ("llama.rope.scaling.attn_factor", 1.5, "scaling.attn_factor = 1.5"),
+        ("llama.attention.key_length", 64, "dimension_count = 32 of heads of 64"),
     ],
 )
 def test_what_transformers_does_not_heed_is_refused(
     key: str, value: Any, says: str, plain: Path, tmp_path: Path
 ) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
-        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32
+        kinds = gguf.GGUFValueType
+        kind = {str: kinds.STRING, int: kinds.UINT32, float: kinds.FLOAT32}[type(value)]
         writer.add_key_value(key, value, kind)
 
     with pytest.raises(CheckpointError, match=says):
@@ -315,7 +340,7 @@ def _cut(path: Path) -> None:
 
 
 def _no_gguf(path: Path) -> None:
-    path.write_bytes(b"GGUF" + os.urandom(100))
+    path.write_bytes(b"GGUF" + bytes(range(100)))
 
 
 @pytest.mark.parametrize("damage", [_cut, _no_gguf, lambda path: path.write_bytes(b"")])
@@ -327,7 +352,11 @@ def test_a_damaged_gguf_is_one_sentence(
     found = audit("--model", path, "-k", "integrity")
     assert found.exit == 1
     reason = found.row("weights/integrity")["reason"]
-    assert "it.gguf is no GGUF file, or truncated" in reason and "copy it again" in reason
+    assert re.search(
+        r"it\.gguf (is truncated: .*copy it again|is no GGUF file; copy it again|is of version \d+ "
+        r"of GGUF, and 2 and 3 can be read|cannot be read as GGUF, or is truncated .* again)",
+        reason,
+    )
     assert "Traceback" not in found.output
 
 
@@ -413,7 +442,153 @@ def test_a_gguf_that_is_not_there_is_a_mistake_of_the_command_line(audit: Auditi
     assert found.exit == 4 and "there is no folder or .gguf file './nowhere.gguf'" in found.output
 
 
+def test_parts_without_the_first_are_called_so(plain: Path, tmp_path: Path) -> None:
+    first, _ = _in_parts(plain, tmp_path)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks it-00001-of-00002\.gguf"):
+        open_checkpoint(tmp_path, store=tmp_path / "store")
+    (tmp_path / "it-00002-of-00002.gguf").rename(tmp_path / "it-00000-of-00000.gguf")
+    with pytest.raises(CheckpointError, match="is no part of a model by its name"):
+        open_checkpoint(tmp_path, store=tmp_path / "store")
+
+
+def _more_heads(writer: gguf.GGUFWriter) -> None:
+    writer.add_head_count_kv(3)
+
+
+def _many_keys(writer: gguf.GGUFWriter) -> None:
+    for number in range(10_001):
+        writer.add_uint32(f"llama.key{number}", number)
+
+
+def _vast_array(writer: gguf.GGUFWriter) -> None:
+    writer.add_key_value("llama.array", [0] * (2**22 + 1), gguf.GGUFValueType.ARRAY)
+
+
+HOSTILE: dict[Callable[[gguf.GGUFWriter], None], str] = {
+    _more_heads: r"transformers cannot read it\.gguf \(llama\): cannot reshape",
+    _many_keys: r"it\.gguf declares 10,0\d\d keys, more than any model has; refused",
+    _vast_array: r"it\.gguf declares 4,194,\d\d\d elements of arrays, more than any model has",
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=lambda change: change.__name__)
+def test_a_hostile_gguf_is_one_sentence(
+    change: Callable[[gguf.GGUFWriter], None], plain: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=HOSTILE[change]):
+        _converted(plain, tmp_path, change)
+
+
+def test_an_array_that_only_its_header_holds_is_refused(plain: Path, tmp_path: Path) -> None:
+    path = formats.write_gguf(
+        plain, tmp_path / "it.gguf", change=lambda writer: writer.add_array("llama.array", [7] * 5)
+    )
+    content = path.read_bytes()
+    place = content.index(b"llama.array") + len(b"llama.array") + 8
+    path.write_bytes(content[:place] + (2**21).to_bytes(8, "little") + content[place + 8 :])
+    with pytest.raises(CheckpointError, match=r"it\.gguf is truncated: it ends before what it"):
+        open_checkpoint(path, store=tmp_path / "store")
+
+
+def test_a_tensor_outside_of_its_file_is_refused(plain: Path, tmp_path: Path) -> None:
+    path = formats.write_gguf(plain, tmp_path / "it.gguf", "F32")
+    content = path.read_bytes()
+    name = b"blk.1.attn_norm.weight"
+    place = content.index(name) + len(name) + 4 + 8 + 4  # one dimension, its size, its type
+    path.write_bytes(content[:place] + (2**64 - 32).to_bytes(8, "little") + content[place + 8 :])
+    with pytest.raises(CheckpointError, match=r"lies outside of its data|cannot be read as GGUF"):
+        open_checkpoint(path, store=tmp_path / "store")
+
+
+def test_a_tensor_of_numbers_that_nothing_reads_is_no_traceback(
+    plain: Path, tmp_path: Path
+) -> None:
+    junk = np.ones((4, 4), np.int32)
+    checkpoint, _ = _converted(
+        plain, tmp_path, lambda writer: writer.add_tensor("blk.0.junk.weight", junk)
+    )
+    assert checkpoint.origin.unread == ["blk.0.junk.weight"]
+
+
+def test_a_gguf_beside_pickled_weights_asks_which(plain: Path, tmp_path: Path) -> None:
+    formats.write_gguf(plain, tmp_path / "it.gguf")
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds it\.gguf and pickled weights; name the file"):
+        open_checkpoint(tmp_path, allow_pickle=True, store=tmp_path / "store")
+
+
+def test_parts_in_a_folder_of_the_hub_are_followed_to_its_blobs(
+    plain: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "models--a--b"
+    inside = cache / "snapshots" / "main" / "Q8_0"
+    for folder in (cache / "blobs", inside):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(_in_parts(plain, tmp_path)):
+        shutil.move(path, cache / "blobs" / f"blob{number}")
+        (inside / path.name).symlink_to(cache / "blobs" / f"blob{number}")
+    named = inside / "it-00001-of-00002.gguf"
+    assert open_checkpoint(named, store=tmp_path / "store").origin
+    (inside / "it-00002-of-00002.gguf").unlink()
+    (inside / "it-00002-of-00002.gguf").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="is a link out of its folder"):
+        open_checkpoint(named, store=tmp_path / "store")
+
+
 # Quantised folders that are not as they should be.
+
+
+def test_parts_shorter_than_a_kernel_reads_are_refused(plain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = formats.bitsandbytes(plain, tmp_path / "odd")
+    sound = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for part, length in (("absmax", 1), ("absmax", 0), ("quant_map", 3)):
+        short = {f"{name}.{part}": sound[f"{name}.{part}"][:length].clone()}
+        save_file(sound | short, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match="and parts of other lengths"):
+            open_checkpoint(folder, store=tmp_path / "store")
+
+
+def test_a_model_that_is_not_sparse_may_say_so(plain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = formats.compressed(plain, tmp_path / "it")
+    _said(sparsity_config={"format": "dense", "global_sparsity": 0.1})(folder)
+    assert open_checkpoint(folder, store=tmp_path / "store").origin
+
+
+def test_nobody_is_asked_to_run_a_checkpoint_s_code(plain: Path, tmp_path: Path) -> None:
+    folder = formats.fp8(plain, tmp_path / "it")
+    formats.configure(folder, model_type="novelty", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text("raise SystemExit")
+    assert open_checkpoint(folder, store=tmp_path / "store").origin  # refused when it is opened
+
+
+def test_a_full_disk_is_said(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    folder = formats.fp8(plain, tmp_path / "it")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StoreError, match=r"No space left on device.*made of FP8 would be kept"):
+        open_checkpoint(folder, store=tmp_path / "store")
+
+
+def test_heads_that_changed_places_are_found_through_nf4(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    broken = Path(shutil.copytree(plain, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = torch.cat([tensors[name][32:64], tensors[name][:32], tensors[name][64:]])
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    made = formats.bitsandbytes(broken, tmp_path / "nf4", **nf4)
+    assert main(["diff", str(plain), str(made), "--store", str(tmp_path / "store")]) == 1
+    out = capsys.readouterr().out
+    assert "layer 1 attn head 0 W_Q" in out or f"layer 1 attn {name}" in out
 
 
 def _without(folder: Path, ending: str) -> None:
@@ -474,6 +649,18 @@ ODD: dict[str, tuple[Callable[..., Path], Callable[[Path], None], str]] = {
         formats.compressed,
         _said(sparsity_config={"format": "sparse-24"}),
         "a sparsity_config of compressed-tensors, which streamgauge cannot undo",
+    ),
+    "gptq of settings by module": (formats.gptq, _said(dynamic={"a": {"bits": 8}}), "by module: T"),
+    "gptq of no known version": (formats.gptq, _said(checkpoint_format="marlin"), "format marlin"),
+    "gptq with groups that are not there": (
+        formats.gptq,
+        lambda folder: (_without(folder, "g_idx"), _said(group_size=64)(folder)),
+        "scales for each output, not",
+    ),
+    "a word for a table": (
+        formats.fp8,
+        lambda folder: formats.configure(folder, quantization_config="fp8"),
+        "quantization_config is 'fp8', where a table of settings belongs",
     ),
     "for nobody": (
         formats.compressed,
@@ -592,9 +779,12 @@ def test_an_even_grid_bounds_what_rounding_moves() -> None:
         rounded = (np.round((groups - low) / step) * step + low).reshape(weight.shape)
         moved = np.linalg.norm(rounded - weight) / np.linalg.norm(rounded)
         bound = even_grid(rounded, bits, 32)
-        assert moved < bound < 2.5 * moved  # half a step, where the mean is step / √12
+        assert moved < bound < (4 if bits == 2 else 2) * moved
     assert even_grid(np.zeros((4, 32)), 4, 32) == 0
-    assert even_grid(np.ones((1, 40)), 4, 32) == pytest.approx(1 / 15)  # a short last block
+    short = even_grid(np.ones((1, 40)), 4, 32)  # the last block is
+    assert short == pytest.approx(1.5 * 2 / 14 / 12**0.5)
+    assert uneven_grid(np.ones((1, 40)), [-1, 0, 1], 32) == pytest.approx(1.5 / 12**0.5)
+    assert without_grid(2.0) == 0.5
 
 
 def test_a_checkpoint_of_the_hub_may_be_a_file(

@@ -23,7 +23,8 @@ LARGEST = {"F16": 65504.0, "BF16": 2.0**127 * (2 - 2.0**-7), "F32": 2.0**127 * (
 def dtypes_of(record: Record) -> list[str]:
     """The dtypes in which the model may be run as it is."""
     stored = str(record.metadata.get("stored_dtype")).split(", ")
-    files = [] if record.metadata.get("converted_from") else stored
+    # Beside codes of few bits, what is stored in a float format says nothing of the whole.
+    files = stored if set(stored) <= set(LARGEST) else []
     named = {*files, str(record.metadata.get("config_dtype"))}
     return sorted(named & set(LARGEST))
 

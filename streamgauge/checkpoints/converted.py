@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import os
+import math
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class Writer:
     ) -> None:
         """Write a tensor. dtype, rounding: see Origin."""
         self.origin.dtypes[name] = dtype
-        if rounding is not None:
+        if rounding is not None and math.isfinite(rounding):
             self.origin.rounding[name] = rounding
         self._waiting[name] = tensor.contiguous()
         if sum(t.numel() * t.element_size() for t in self._waiting.values()) >= SHARD:
@@ -68,12 +69,19 @@ class Writer:
         (self.folder / SAID).write_text(json.dumps(said), encoding="utf-8")
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if not self._waiting:
             return
         shard = f"model-{len(set(self._map.values())) + 1:05d}.safetensors"
-        save_file(self._waiting, self.folder / shard, {"format": "pt"})
+        try:
+            save_file(self._waiting, self.folder / shard, {"format": "pt"})
+        except SafetensorError as error:  # no room, as a rule
+            raise StoreError(
+                f"{self.folder.parent} cannot be written ({error}), where safetensors made of "
+                f"{self.origin.format} would be kept; name another store."
+            ) from error
         self._map |= dict.fromkeys(self._waiting, shard)
         self._waiting = {}
 
@@ -93,14 +101,15 @@ def convert_once(
     digest = remembered_sha256(origin.files, store / "hashes")
     said = [path.read_bytes() for path in beside if path.is_file()]
     parts = [digest.encode(), origin.format.encode(), str(VERSION).encode(), *said]
+    parts += [path.name.encode() for path in beside]
     key = hashlib.sha256(b"\n".join(parts)).hexdigest()[:32]
     target = store / "converted" / key / name
     if (target / SAID).is_file():
         return target
     try:
-        folder = target.parent / f".{name}.{os.getpid()}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+        folder.chmod(target.parent.stat().st_mode & 0o777)  # as other folders of the store
     except OSError as error:
         raise StoreError(
             f"{target.parent} cannot be written ({error.strerror}), where safetensors made of "

@@ -78,7 +78,7 @@ def open_checkpoint(
     path, store = Path(name).expanduser(), store or default_store()
     if path.is_dir():
         return _inspect(path.resolve().name, path.resolve(), revision, allow_pickle, store)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return _of_gguf(gguf.model_name(path), path.absolute(), revision, store)
     if path.is_file() or str(name).startswith((".", "/", "~")):
         raise UnknownModelError(
@@ -108,6 +108,8 @@ def _file_of_hub(name: str) -> tuple[str, str | None]:
     """The repository and the file of OWNER/NAME/FILE.gguf; other names are repositories."""
     parts = name.split("/")
     if name.endswith(".gguf") and len(parts) > 2:
+        if ".." in parts or set(name) & set("*?[]"):
+            raise UnknownModelError(f"{name} is no file of a hub repository; name OWNER/NAME/FILE.")
         return "/".join(parts[:2]), "/".join(parts[2:])
     return name, None
 
@@ -209,6 +211,10 @@ def _inspect(
             named = ", ".join(path.name for path in models[:8])
             raise CheckpointError(
                 f"{folder} holds {len(models)} GGUF models; name one of its files: {named}."
+            )
+        if allow_pickle and pickled.pickled_weights(folder):
+            raise CheckpointError(
+                f"{folder} holds {models[0].name} and pickled weights; name the file, or move it."
             )
         return _of_gguf(name, models[0], revision, store)
     if not (folder / "config.json").is_file():

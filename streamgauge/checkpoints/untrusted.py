@@ -40,7 +40,8 @@ def refuse_links(folder: Path) -> None:
     """Raise CheckpointError for a link that leads out of the folder, but for those of the hub cache
     to its own blobs.
     """
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    snapshot = next((p for p in (folder, *folder.parents) if p.parent.name == "snapshots"), None)
+    blobs = folder if snapshot is None else snapshot.parent.parent / "blobs"
     for path in sorted(folder.iterdir()):
         if path.suffix in READ and path.is_symlink():
             try:

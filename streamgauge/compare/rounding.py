@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streamgauge.numerics.names import layer_of
+from streamgauge.numerics.names import layer_of, part_of
 from streamgauge.record import Record
 
 UNIT = {
@@ -63,9 +63,12 @@ def weight_rounding(old: Record, new: Record) -> float:
     return max(tensor_rounding(old, new).values(), default=_file_rounding(old, new))
 
 
-def layer_rounding(old: Record, new: Record) -> np.ndarray:
-    """The largest of these by layer, (n_layers,), likewise."""
-    by_tensor = tensor_rounding(old, new)
+def layer_rounding(old: Record, new: Record, part: str | None = None) -> np.ndarray:
+    """The largest of these by layer, (n_layers,), likewise; of the tensors of one part alone where
+    it is named and there are some.
+    """
+    every = tensor_rounding(old, new)
+    by_tensor = {name: size for name, size in every.items() if part == part_of(name)} or every
     if not by_tensor:
         return np.full(old.n_layers, _file_rounding(old, new))
     found = np.full(old.n_layers, FP32)

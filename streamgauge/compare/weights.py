@@ -108,7 +108,8 @@ def _is_same(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _heads(old: Record, new: Record) -> Iterator[Difference]:
-    by_layer = layer_rounding(old, new)
+    # A folded matrix carries the error of a gain too.
+    by_layer, gains = layer_rounding(old, new), layer_rounding(old, new, "norm")
     for name in HEADS:
         before, after = (record.arrays.get(f"sketch/{name}") for record in (old, new))
         norms = old.arrays.get(f"weights/{name}_raw")
@@ -119,7 +120,9 @@ def _heads(old: Record, new: Record) -> Iterator[Difference]:
             norm, rounding = float(norms[layer, head]), float(by_layer[layer])
             size, says = _judge(before[layer, head], after[layer, head], norm, others)
             # No head has more than d_model² numbers.
-            allowed = 2 * rounding + subnormal(rounding, old.metadata["d_model"], norm)
+            allowed = (
+                rounding + float(gains[layer]) + subnormal(rounding, old.metadata["d_model"], norm)
+            )
             yield Difference(
                 name, "attn", size, allowed if norm else 0.5, says, int(layer), int(head)
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.checkpoints.formats.made import Made
+from streamgauge.checkpoints.formats.made import Made, plain
 from streamgauge.errors import CheckpointError
 from streamgauge.numerics.grids import even_grid, float_grid
 
@@ -34,9 +34,10 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     from compressed_tensors.compressors import BaseCompressor
 
     if "weight_scale" not in parts:
-        return Made(parts["weight"], str(parts["weight"].dtype).removeprefix("torch."), 0.0)
+        return plain(parts["weight"])
     for further in ("sparsity_config", "transform_config"):
-        if said.get(further):
+        entry = said.get(further)
+        if entry and not (isinstance(entry, dict) and entry.get("format") == "dense"):
             raise CheckpointError(
                 f"config.json has a {further} of compressed-tensors, which streamgauge cannot "
                 "undo; decompress the checkpoint with that library, and save what comes out."
@@ -56,8 +57,8 @@ def _rounding(values: np.ndarray, kind: str, weights: Any) -> float:
     if kind == "float" and weights.num_bits == 8:  # E4M3: its smallest step is 2⁻⁹ of 448
         return float_grid(values, 3, float(np.abs(values).max()) * 2.0**-19)
     size = weights.group_size or 0
-    # A gap of FP4 is never wider than one of an even grid of 2 bits.
-    bits = 2 if kind == "float" else weights.num_bits
+    # The widest gap of FP4, from 4 to 6, is one of an even grid of 3 bits.
+    bits = 3 if kind == "float" else weights.num_bits
     return even_grid(values, bits, size if size > 0 else values.shape[-1])
 
 

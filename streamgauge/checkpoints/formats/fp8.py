@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from streamgauge.checkpoints.formats.made import Made
+from streamgauge.checkpoints.formats.made import Made, plain
 from streamgauge.errors import CheckpointError
 from streamgauge.numerics.grids import float_grid
 
@@ -38,7 +38,7 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     kind = str(numbers.dtype).removeprefix("torch.")
     if kind not in MANTISSA or scale is None:
         if numbers.element_size() > 1:
-            return Made(numbers, kind, 0.0)  # a plain matrix with a scale of activations
+            return plain(numbers)
         raise CheckpointError(
             f"{module} holds FP8 numbers and no scales lie beside it: copy the checkpoint again, "
             "with its weight_scale_inv or weight_scale."

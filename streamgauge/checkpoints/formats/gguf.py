@@ -17,25 +17,24 @@ from typing import Any
 import numpy as np
 
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once
+from streamgauge.checkpoints.formats.gguf_header import refuse_vast
 from streamgauge.checkpoints.formats.gguf_settings import Settings, complete
 from streamgauge.checkpoints.untrusted import refuse_counts, strange
 from streamgauge.errors import CheckpointError, NotInstalledError, first_line
-from streamgauge.numerics.grids import even_grid
+from streamgauge.numerics.grids import even_grid, without_grid
 from streamgauge.progress import track
 
 PART = re.compile(r"^(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 PROJECTOR = "mmproj"  # what the part that sees is called, which lies beside a language model
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Of each type how fine its codes are, in bits, and how many numbers share a scale. Those of K types
-# share that of 256, since the scales of fewer are rounded themselves.
+# Of each type how fine its codes are, in bits, and how many numbers share a scale.
 CODES = {
-    **{"Q8_0": (8, 32), "Q8_1": (8, 32), "Q8_K": (8, 256), "Q6_K": (6, 256), "Q5_K": (5, 256)},
-    **{"Q5_0": (5, 32), "Q5_1": (5, 32), "Q4_0": (4, 32), "Q4_1": (4, 32), "Q4_K": (4, 256)},
-    **{"Q3_K": (3, 256), "Q2_K": (2, 256)},
+    **{"Q8_0": (8, 32), "Q8_1": (8, 32), "Q8_K": (8, 256), "Q6_K": (6, 16), "Q5_K": (5, 32)},
+    **{"Q5_0": (5, 32), "Q5_1": (5, 32), "Q4_0": (4, 32), "Q4_1": (4, 32), "Q4_K": (4, 32)},
+    **{"Q3_K": (3, 16), "Q2_K": (2, 16)},
     # Uneven grids: no gap is wider than those of an even one of so many bits.
-    **{"IQ4_NL": (3, 32), "IQ4_XS": (3, 256), "MXFP4": (2, 32)},
+    **{"IQ4_NL": (3, 32), "IQ4_XS": (3, 32), "MXFP4": (3, 32)},
 }
-COARSEST = (1, 256)  # what is taken for types that have no grid of single numbers
 ROPE_FACTORS = "rope_freqs.weight"
 ROWS = 4096  # of a matrix that are dequantised at once
 
@@ -97,9 +96,11 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 
 
 def models_in(folder: Path) -> list[Path]:
-    """The GGUF models of a folder, the first part of each."""
-    files = sorted(p for p in folder.glob("*.gguf") if not p.name.startswith(PROJECTOR))
-    return [p for p in files if not (part := PART.match(p.name)) or part.group("number") == "00001"]
+    """The GGUF models of a folder, the first file of each that is there."""
+    files = sorted(
+        p for p in folder.glob("*.gguf") if p.is_file() and not p.name.startswith(PROJECTOR)
+    )
+    return list({model_name(path): path for path in reversed(files)}.values())[::-1]
 
 
 def convert(path: Path, store: Path) -> tuple[Path, Origin]:
@@ -111,6 +112,8 @@ def convert(path: Path, store: Path) -> tuple[Path, Origin]:
     """
     origin = Origin("GGUF", files=parts_of(path))
     missing = [part.name for part in origin.files if not part.is_file()]
+    if path not in origin.files:
+        raise CheckpointError(f"{path.name} is no part of a model by its name; rename the file.")
     if missing:
         raise CheckpointError(
             f"{path.parent} lacks {missing[0]}, which belongs to {path.name}; copy it there."
@@ -136,17 +139,25 @@ def _opened(paths: Sequence[Path]) -> Gguf:
 
     readers = []
     for path in paths:
+        refuse_vast(path)
         try:
             readers.append(GGUFReader(path))
+            fields = {
+                name: one.contents()
+                for name, one in readers[0].fields.items()
+                if not name.startswith("tokenizer.")
+            }
         except Exception as error:  # whatever a damaged file makes of it
             raise CheckpointError(
-                f"{path} is no GGUF file, or truncated ({first_line(error)}); copy it again."
+                f"{path} cannot be read as GGUF, or is truncated ({first_line(error)}); copy it "
+                "again, or convert the model anew."
             ) from error
-    fields = {
-        name: one.contents()
-        for name, one in readers[0].fields.items()
-        if not name.startswith("tokenizer.")
-    }
+        for tensor in readers[-1].tensors:
+            first, size = int(tensor.data_offset), path.stat().st_size
+            if not readers[-1].data_offset <= first <= size - int(tensor.n_bytes):
+                raise CheckpointError(
+                    f"{path} says that {tensor.name[:100]} lies outside of its data; refused."
+                )
     for name in [name for name in readers[0].fields if name.startswith("tokenizer.")]:
         del readers[0].fields[name]  # an object for each token
     said = fields.get("split.tensors.count")
@@ -164,7 +175,7 @@ def _convert(file: Gguf, writer: Writer) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    where = {"gguf_file": file.paths[0].name, "local_files_only": True}
+    where = {"gguf_file": file.paths[0].name, "local_files_only": True, "trust_remote_code": False}
     folder = file.paths[0].parent
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **where)
@@ -172,13 +183,24 @@ def _convert(file: Gguf, writer: Writer) -> None:
         refuse_counts(file.paths[0], config.to_dict(), sum(1 for _ in file.tensors()))
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        conversion = _by_converters if file.architecture in _converted_archs() else _by_processor
-        convert_block = conversion(file, model, writer.origin)
+        _write_tensors(file, model, writer)
     except strange(OSError, NotImplementedError) as error:
         raise CheckpointError(
             f"transformers cannot read {file.paths[0].name} ({file.architecture}): "
             f"{first_line(error)}."
         ) from error
+    _refuse_unfilled(model, file, writer.origin)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(writer.folder)
+    try:
+        transformers.AutoTokenizer.from_pretrained(folder, **where).save_pretrained(writer.folder)
+    except Exception as error:  # another library's parser of a stranger's file
+        writer.origin.done += f"; its tokenizer cannot be read ({first_line(error)})"
+
+
+def _write_tensors(file: Gguf, model: Any, writer: Writer) -> None:
+    conversion = _by_converters if file.architecture in _converted_archs() else _by_processor
+    convert_block = conversion(file, model, writer.origin)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = sorted(file.tensors(), key=lambda t: _block(t.name))
     for _, block in itertools.groupby(
@@ -193,13 +215,6 @@ def _convert(file: Gguf, writer: Writer) -> None:
                     "transformers cannot read."
                 )
             writer.add(one.name, one.values, one.dtype, one.rounding)
-    _refuse_unfilled(model, file, writer.origin)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(writer.folder)
-    try:
-        transformers.AutoTokenizer.from_pretrained(folder, **where).save_pretrained(writer.folder)
-    except Exception as error:  # another library's parser of a stranger's file
-        writer.origin.done += f"; its tokenizer cannot be read ({first_line(error)})"
 
 
 def _refuse_unfilled(model: Any, file: Gguf, origin: Origin) -> None:
@@ -245,6 +260,10 @@ def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[
         # Where several become one, the processor puts them here.
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for tensor in tensors:
+            if not {tensor.name, tensor.name.removesuffix(".weight")} & set(names):
+                if not file.predicts_further(tensor.name):
+                    origin.unread.append(tensor.name)
+                continue
             values = _dequantised(tensor)
             rounding = _rounding(values, tensor.tensor_type.name)
             out = processor.process(
@@ -252,11 +271,9 @@ def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[
             )
             if out.name is None:
                 merged.append((tensor.tensor_type.name, rounding))
-            elif out.name in names:
+            else:
                 values = torch.from_numpy(np.ascontiguousarray(out.weights, np.float32))
                 found.append(_Tensor(names[out.name], values, tensor.tensor_type.name, rounding))
-            elif not file.predicts_further(tensor.name):
-                origin.unread.append(tensor.name)
         dtype = ", ".join(sorted({dtype for dtype, _ in merged}))
         most = max((rounding for _, rounding in merged if rounding), default=None)
         return found + [_Tensor(n, t.float(), dtype, most) for n, t in parsed["tensors"].items()]
@@ -331,10 +348,13 @@ def _dequantised(tensor: Any) -> np.ndarray:
 
 
 def _rounding(values: np.ndarray, kind: str) -> float | None:
-    """How far rounding to a type's grid can have moved a tensor, relative to its norm: half a step
-    of each block's grid for each number.
-    """
+    """How far rounding to a type's grid can have moved a tensor, relative to its norm."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     if kind in FLOATS:
         return None
-    bits, block = CODES.get(kind, COARSEST)
+    if kind not in CODES:
+        numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        return without_grid(8 * size / numbers)
+    bits, block = CODES[kind]
     return even_grid(values, bits, block)

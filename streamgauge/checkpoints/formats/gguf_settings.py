@@ -10,14 +10,15 @@ from streamgauge.checkpoints.converted import Origin
 from streamgauge.errors import CheckpointError
 
 # Keys of a file beside those that transformers reads, and what its configurations call them.
-SAME = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+SAME: dict[str, tuple[str, ...]] = {
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_eps"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
 # Keys that say nothing of the function, or nothing that shapes and other keys do not say.
 NO_FUNCTION = re.compile(
@@ -26,6 +27,15 @@ NO_FUNCTION = re.compile(
 )
 # Keys that make another function of a model whose configuration has no word for them.
 FUNCTION = re.compile(r"softcapping$|_scale$|attention\.scale$|clamp_kqv$|max_alibi_bias$|window$")
+ROPE_READ = {"dimension_count", "freq_base", "freq_base_swa", "scale_linear"}
+ROPE_READ |= {"scaling.type", "scaling.factor", "scaling.finetuned"}
+# Keys of a kind of scaling beside those, and what transformers calls them.
+ORIGINAL = {"scaling.original_context_length": "original_max_position_embeddings"}
+ROPE_KINDS: dict[str, dict[str, str]] = {
+    "linear": ORIGINAL,
+    "yarn": ORIGINAL
+    | {"scaling.yarn_beta_fast": "beta_fast", "scaling.yarn_beta_slow": "beta_slow"},
+}
 ROPE_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_long.weight"
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 8192}
@@ -63,20 +73,22 @@ def complete(config: Any, file: Settings, origin: Origin) -> None:
         text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads
     if arch in GGUF_CONFIG_ARCHS:
         return  # read as a whole
-    _complete_rope(text, file)
-    if any(name.endswith("attn_q.bias") for name in file.names) and hasattr(text, "attention_bias"):
+    biased = [f"attn_{part}.bias" for part in ("q", "output")]
+    if all(any(name.endswith(bias) for name in file.names) for bias in biased):
         text.attention_bias = True
     read = set(GGUF_CONFIG_MAPPING.get(text.model_type.removesuffix("_text"), ()))
     for key in [key for key in fields if key.startswith(f"{arch}.")]:
         short, value = key.removeprefix(f"{arch}."), fields[key]
+        called = next((name for name in SAME.get(short, ()) if hasattr(text, name)), None)
         if short in read or NO_FUNCTION.search(short):
             continue
-        if short in SAME and hasattr(text, SAME[short]):
-            setattr(text, SAME[short], value)
+        if called:
+            setattr(text, called, value)
         elif FUNCTION.search(short) and value:
             raise _unheeded(file, f"{key} = {value}")
         else:
             origin.done += f"; nothing reads its {key} = {str(value)[:60]}"
+    _complete_rope(text, file)
 
 
 def _unheeded(file: Settings, what: str) -> CheckpointError:
@@ -101,15 +113,22 @@ def _complete_rope(config: Any, file: Settings) -> None:
     if "freq_base_swa" in said and "sliding_attention" in every:
         every["sliding_attention"]["rope_theta"] = float(said["freq_base_swa"])
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if said.get("dimension_count", head) != head or "partial_rotary_factor" in rope:
-        rope["partial_rotary_factor"] = said.get("dimension_count", head) / head
-    kind = str(said.get("scaling.type", "none"))
-    if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": float(said["scaling.factor"])}
-        if "scaling.original_context_length" in said:
-            rope["original_max_position_embeddings"] = int(said["scaling.original_context_length"])
+    turned = said.get("dimension_count", head)
+    if "partial_rotary_factor" in rope:
+        rope["partial_rotary_factor"] = turned / head
+    elif turned != head:
+        raise _unheeded(file, f"{arch}dimension_count = {turned} of heads of {head}")
+    factor = said.get("scaling.factor", said.get("scale_linear"))
+    kind = str(said.get("scaling.type", "none" if factor in (None, 1.0) else "linear"))
+    if kind in ROPE_KINDS:
+        rope |= {"rope_type": kind, "factor": float(factor or 1.0)}
+        rope |= {name: said[key] for key, name in ROPE_KINDS[kind].items() if key in said}
     elif kind != "none":
         raise _unheeded(file, f"{arch}scaling.type = {kind}")
+    known = {*ROPE_READ, *ROPE_KINDS.get(kind, {})}
+    for key in sorted(set(said) - known):
+        if said[key] != 1.0:  # factors of 1 change nothing
+            raise _unheeded(file, f"{arch}{key} = {said[key]}")
     if LONG_FACTORS in file.factors:
         raise _unheeded(file, f"a tensor {LONG_FACTORS}")
     factors = file.factors.get(ROPE_FACTORS)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 NAME = "GPTQ"
 LIBRARY = PACKAGE = "torch"
 BASES = {"qweight"}
-# The method moves what it has not rounded yet to make up for what it has: a step, not half of one,
-# is how far it is taken to go.
-STEPS = 2
+# The method moves what it has not rounded yet to make up for what it has: twice as far as rounding
+# to the nearest is how far it is taken to go.
+MARGIN = 2.0
 
 
 def split(name: str) -> tuple[str, str] | None:
@@ -32,24 +32,31 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     """The matrix. Raises ValueError for parts that do not fit together."""
     import torch
 
-    bits = int(said["bits"])
+    bits, version = said["bits"], said.get("checkpoint_format") or "gptq"
+    if version not in ("gptq", "gptq_v2") or said.get("dynamic"):
+        raise ValueError(f"format {version}, settings by module: {bool(said.get('dynamic'))}")
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"codes of {bits} bits")
     codes = unpack(parts["qweight"].T, bits)  # out, in
-    first_version = said.get("checkpoint_format", "gptq") != "gptq_v2"
-    zeros = _zeros(parts["qzeros"], bits, first_version).T  # out, groups
+    zeros = _zeros(parts["qzeros"], bits, version == "gptq").T  # out, groups
     scales = parts["scales"].float().T
     size = int(said["group_size"])
     groups = parts.get("g_idx")
     if groups is None:
+        wanted = -(-codes.shape[1] // size) if size > 0 else 1
+        if wanted != scales.shape[1]:
+            raise ValueError(f"{scales.shape[1]} scales for each output, not {wanted}")
         groups = torch.arange(codes.shape[1]) // (size if size > 0 else codes.shape[1])
     groups = groups.long()
     if int(groups.max()) >= scales.shape[1] or int(groups.min()) < 0:
-        raise ValueError(f"inputs of group {int(groups.max())}, but {scales.shape[1]} scales")
+        raise ValueError(
+            f"inputs of groups {int(groups.min())} to {int(groups.max())}, but {scales.shape[1]} "
+            "scales"
+        )
     values = scales[:, groups] * (codes - zeros[:, groups])
     block = size if size > 0 else values.shape[1]
     together = values[:, torch.argsort(groups, stable=True)]  # a group's inputs side by side
-    return Made(values, f"{NAME} {bits} bit", STEPS * even_grid(together.numpy(), bits, block))
+    return Made(values, f"{NAME} {bits} bit", even_grid(together.numpy(), bits, block, MARGIN))
 
 
 def _zeros(words: "torch.Tensor", bits: int, first_version: bool) -> "torch.Tensor":

@@ -7,6 +7,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# What safetensors calls torch's dtypes.
+SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
 @dataclass(frozen=True)
 class Made:
     """A matrix as the model's Linear has it, (out, in).
@@ -18,3 +22,9 @@ class Made:
     values: "torch.Tensor"
     dtype: str
     rounding: float
+
+
+def plain(values: "torch.Tensor") -> Made:
+    """A matrix that is stored as it is, beside scales of something else."""
+    kind = str(values.dtype).removeprefix("torch.")
+    return Made(values, SAFETENSORS.get(kind, kind), 0.0)

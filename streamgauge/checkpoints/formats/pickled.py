@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once, texts_beside
+from streamgauge.checkpoints.formats.made import SAFETENSORS
 from streamgauge.checkpoints.untrusted import PICKLED, TEXTS
 from streamgauge.errors import CheckpointError
 
 NAMED = "pytorch_model.bin"
 OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "trainer_state")
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
 def pickled_weights(folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def convert(folder: Path, pickles: list[Path], store: Path) -> tuple[Path, Origi
         for path in pickles:
             _add(path, writer)
         for path in beside:
-            shutil.copy(path, writer.folder)
+            shutil.copyfile(path, writer.folder / path.name)
 
     origin = Origin("pickled", "opened as tensors only", files=tuple(pickles))
     return convert_once(store, folder.name, origin, make, beside), origin
@@ -54,7 +54,9 @@ def _add(path: Path, writer: Writer) -> None:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(tensors, dict) or not all(
-            isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_complex()
+            isinstance(t, torch.Tensor)
+            and t.layout == torch.strided
+            and not (t.is_complex() or t.is_quantized)
             for t in tensors.values()
         ):
             raise TypeError("not a table of tensors")
@@ -69,4 +71,4 @@ def _add(path: Path, writer: Writer) -> None:
             raise CheckpointError(
                 f"{path} holds {name}, which another file of {path.parent} holds too; refused."
             )
-        writer.add(name, tensor.detach().clone(), DTYPES.get(kind, kind))
+        writer.add(name, tensor.detach().clone(), SAFETENSORS.get(kind, kind))

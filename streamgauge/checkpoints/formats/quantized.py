@@ -3,6 +3,7 @@ and plain ones made of them, a matrix at a time.
 """
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Collection
@@ -49,8 +50,13 @@ def quantised_by(config: dict[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, of the language model's where it lies in there."""
     for place in (config, config.get("text_config") or {}):
         for name in ("quantization_config", "compression_config"):
-            said = place.get(name)
-            if isinstance(said, dict) and said:
+            said = place.get(name) if isinstance(place, dict) else None
+            if said is not None and not isinstance(said, dict):
+                raise CheckpointError(
+                    f"config.json's {name} is {str(said)[:60]!r}, where a table of settings "
+                    "belongs: copy it from where the weights are from."
+                )
+            if said:
                 return said
     return None
 
@@ -77,7 +83,8 @@ def convert(
             )
         writer.origin.done = f"dequantised to fp32 by {chosen.PACKAGE} {version(chosen.PACKAGE)}"
         for path in beside:
-            shutil.copy(path, writer.folder)
+            if path.name != "config.json":
+                shutil.copyfile(path, writer.folder / path.name)
         (writer.folder / "config.json").write_text(json.dumps(_plain(config)), encoding="utf-8")
         _write(chosen, said, headers(files), _conv1d(writer.folder), writer)
 
@@ -85,7 +92,7 @@ def convert(
 
 
 def _format(folder: Path, said: dict[str, Any]) -> ModuleType:
-    method = str(said.get("quant_method", ""))
+    method = str(said.get("quant_method") or "")
     if not method and ("load_in_4bit" in said or "load_in_8bit" in said):
         method = "bitsandbytes"  # as old versions wrote it
     if not method and {"bits", "group_size"} <= set(said):
@@ -119,7 +126,9 @@ def _conv1d(folder: Path) -> Collection[str]:
     from transformers.pytorch_utils import Conv1D
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except strange(OSError):  # what is wrong with it is said when it is opened
@@ -156,7 +165,7 @@ def _write(
         tensors = {part: _read(header) for part, header in parts.items()}
         try:
             made = chosen.weight(target.removesuffix(".weight"), tensors, said, parts)
-        except strange() as error:
+        except strange(re.error) as error:
             raise CheckpointError(
                 f"the parts of {target} do not make a matrix as {chosen.NAME} stores it "
                 f"({first_line(error)}): the files are damaged, or config.json says something else "
