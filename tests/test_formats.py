@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import modeling_gguf_pytorch_utils as tables
 
 from streamgauge.__main__ import main
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once
@@ -235,6 +236,59 @@ def test_mxfp4_is_opened_as_gpt_oss_stores_it(
         assert np.array_equal(found[name], values.numpy())
     assert main(["diff", str(original), str(folder), "--store", str(tmp_path / "store")]) == 0
     assert "weights: 0 of " in capsys.readouterr().out
+
+
+def _write_experts(model: Any, path: Path, kept: Callable[[str], bool]) -> Path:
+    """A Qwen3 mixture as llama.cpp writes it: gate and up of all experts in two stacks."""
+    config, writer = model.config, gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_vocab_size(config.vocab_size)
+    processor = tables.Qwen2MoeTensorProcessor(config=config.to_dict())
+    state = model.state_dict()
+    for name, target in tables.get_gguf_hf_weights_map(model, processor).items():
+        values = state[target].numpy()
+        if target.endswith("gate_up_proj"):
+            half = values.shape[1] // 2
+            values = values[:, :half] if "gate" in name else values[:, half:]
+        name += "" if name.endswith((".weight", ".bias")) else ".weight"
+        if kept(name):
+            writer.add_tensor(name, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_experts_of_a_gguf_are_put_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    path = _write_experts(model, tmp_path / "it.gguf", lambda name: True)
+    found = formats.plain_tensors(open_checkpoint(path, store=tmp_path / "store").folder)
+    assert set(found) == set(model.state_dict())
+    for name, values in model.state_dict().items():
+        assert np.array_equal(found[name], values.numpy())
+    _write_experts(model, path, lambda name: name != "blk.1.ffn_up_exps.weight")
+    with pytest.raises(
+        CheckpointError, match=r"1\.mlp\.experts\.gate_up_proj is made of 2 tensors, 1"
+    ):
+        open_checkpoint(path, store=tmp_path / "store")
 
 
 # What a GGUF file says beyond what transformers reads.

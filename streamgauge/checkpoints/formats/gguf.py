@@ -6,7 +6,7 @@ another order. What a file says and transformers does not read is read here, or 
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -252,18 +252,21 @@ def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[
     kind = tables.TENSOR_PROCESSORS.get(file.architecture, tables.TensorProcessor)
     processor = kind(config=model.config.to_dict())
     names = tables.get_gguf_hf_weights_map(model, processor)
+    sources = Counter(names.values())  # how many of the file's tensors make one of the model's
 
     def convert(tensors: list[Any]) -> list[_Tensor]:
         import torch
 
-        found, merged = [], []
+        found, merged, seen = [], [], Counter[str]()
         # Where several become one, the processor puts them here.
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
         for tensor in tensors:
-            if not {tensor.name, tensor.name.removesuffix(".weight")} & set(names):
+            target = names.get(tensor.name, names.get(tensor.name.removesuffix(".weight")))
+            if target is None:
                 if not file.predicts_further(tensor.name):
                     origin.unread.append(tensor.name)
                 continue
+            seen[target] += 1
             values = _dequantised(tensor)
             rounding = _rounding(values, tensor.tensor_type.name)
             out = processor.process(
@@ -274,6 +277,9 @@ def _by_processor(file: Gguf, model: Any, origin: Origin) -> Callable[..., list[
             else:
                 values = torch.from_numpy(np.ascontiguousarray(out.weights, np.float32))
                 found.append(_Tensor(names[out.name], values, tensor.tensor_type.name, rounding))
+        for target, number in seen.items():
+            if number < sources[target]:
+                raise ValueError(f"{target} is made of {sources[target]} tensors, {number} there")
         dtype = ", ".join(sorted({dtype for dtype, _ in merged}))
         most = max((rounding for _, rounding in merged if rounding), default=None)
         return found + [_Tensor(n, t.float(), dtype, most) for n, t in parsed["tensors"].items()]

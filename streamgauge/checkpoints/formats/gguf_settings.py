@@ -23,7 +23,7 @@ SAME: dict[str, tuple[str, ...]] = {
 # Keys that say nothing of the function, or nothing that shapes and other keys do not say.
 NO_FUNCTION = re.compile(
     r"context_length$|attention\.causal$|vocab_size$|tensor_data_layout$|use_parallel_residual$"
-    r"|feed_forward_length$|nextn_predict_layers$|^rope\."  # read below
+    r"|^feed_forward_length$|nextn_predict_layers$|^rope\."  # read below
 )
 # Keys that make another function of a model whose configuration has no word for them.
 FUNCTION = re.compile(r"softcapping$|_scale$|attention\.scale$|clamp_kqv$|max_alibi_bias$|window$")
