@@ -14,7 +14,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 from transformers import modeling_gguf_pytorch_utils as tables
 
 from streamgauge.__main__ import main
@@ -289,6 +295,53 @@ def test_experts_of_a_gguf_are_put_together(tmp_path: Path) -> None:
         CheckpointError, match=r"1\.mlp\.experts\.gate_up_proj is made of 2 tensors, 1"
     ):
         open_checkpoint(path, store=tmp_path / "store")
+
+
+LFM2 = {
+    "model.embed_tokens.": "token_embd.", "model.embedding_norm.": "token_embd_norm.",
+    "model.layers.": "blk.", ".operator_norm.": ".attn_norm.", ".self_attn.q_proj.": ".attn_q.",
+    ".self_attn.k_proj.": ".attn_k.", ".self_attn.v_proj.": ".attn_v.",
+    ".self_attn.out_proj.": ".attn_output.", ".self_attn.q_layernorm.": ".attn_q_norm.",
+    ".self_attn.k_layernorm.": ".attn_k_norm.", ".feed_forward.w1.": ".ffn_gate.",
+    ".feed_forward.w2.": ".ffn_down.", ".feed_forward.w3.": ".ffn_up.", ".conv.": ".shortconv.",
+}  # fmt: skip
+
+
+def test_an_architecture_of_transformers_newer_tables_is_opened(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, conv_L_cache=3,
+        num_attention_heads=4, num_key_value_heads=2, block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "conv"], tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )  # fmt: skip
+    model, path = AutoModelForCausalLM.from_config(config), tmp_path / "it.gguf"
+    writer = gguf.GGUFWriter(path, "lfm2")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(3)
+    writer.add_head_count(4)
+    writer.add_head_count_kv([0, 2, 0])
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_shortconv_l_cache(3)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_token_list([f"<{n}>" for n in range(64)])
+    state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    for name, values in state.items():
+        for old, new in LFM2.items():
+            name = name.replace(old, new, 1)
+        kernel = name.endswith("shortconv.conv.weight")
+        writer.add_tensor(name, (values.squeeze(1) if kernel else values).numpy().copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(path, store=tmp_path / "store")
+    found = formats.plain_tensors(checkpoint.folder)
+    assert set(found) == set(state) and not checkpoint.origin.unread
+    for name, values in state.items():
+        assert np.array_equal(found[name], values.numpy())
 
 
 # What a GGUF file says beyond what transformers reads.
