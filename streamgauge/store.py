@@ -127,10 +127,12 @@ class Store:
 
 def _beside(checkpoint: Checkpoint) -> list[str]:
     """Files beside the weights that may hold others, which a record speaks of too."""
-    own = {path.name for path in checkpoint.own_files}
+    files = checkpoint.own_files
+    if any(path.suffix != ".safetensors" for path in files):
+        return []  # a folder of GGUF files is a folder of models
     others = [
         path
-        for path in sorted(checkpoint.own_files[0].parent.iterdir())
-        if path.suffix in (".safetensors", ".bin") and path.is_file() and path.name not in own
+        for path in sorted(files[0].parent.iterdir())
+        if path.suffix in (".safetensors", ".bin") and path.is_file() and path not in files
     ]
     return [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in others]

@@ -29,6 +29,7 @@ from streamgauge.checkpoints.files import Checkpoint, open_checkpoint
 from streamgauge.checkpoints.formats import awq, gptq
 from streamgauge.errors import CheckpointError, NotInstalledError, StoreError, StreamgaugeError
 from streamgauge.numerics.grids import even_grid, uneven_grid, without_grid
+from streamgauge.store import Store
 from tests import formats, models
 from tests.conftest import SHARED, Audit
 
@@ -542,6 +543,14 @@ def test_a_folder_of_gguf_models_asks_which(plain: Path, tmp_path: Path) -> None
         open_checkpoint(tmp_path, store=tmp_path / "store")
     (tmp_path / "it-Q4_0.gguf").rename(tmp_path / "mmproj-it.gguf")
     assert open_checkpoint(tmp_path, store=tmp_path / "store").origin
+
+
+def test_what_lies_beside_a_gguf_is_no_part_of_it(plain: Path, tmp_path: Path) -> None:
+    path = formats.write_gguf(plain, tmp_path / "it.gguf")
+    store = Store(tmp_path / "store")
+    key = store.key(open_checkpoint(path, store=store.folder), None, "cpu")
+    (tmp_path / "another.bin").write_bytes(b"somebody else's")
+    assert store.key(open_checkpoint(path, store=store.folder), None, "cpu") == key
 
 
 def test_a_gguf_that_is_not_there_is_a_mistake_of_the_command_line(audit: Auditing) -> None:
