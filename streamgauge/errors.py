@@ -54,5 +54,9 @@ class NotMeasured(StreamgaugeError):
 
 
 def first_line(error: object) -> str:
-    """What a library's error says first, at most 300 characters, without its full stop."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:300]
+    """What a library's error says first, at most 300 characters, without its full stop: its first
+    line, and the next where that one ends in a colon.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return (said or type(error).__name__).rstrip(".")[:300]

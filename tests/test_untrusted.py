@@ -27,7 +27,7 @@ from streamgauge.checkpoints.untrusted import refuse_counts
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
 from streamgauge.engine.rows import prompts_for
-from streamgauge.errors import CheckpointError, StreamgaugeError
+from streamgauge.errors import CheckpointError, StreamgaugeError, first_line
 from tests import faults, models
 from tests.conftest import Audit
 
@@ -264,6 +264,19 @@ def test_odd_pickles_are_refused_where_pickles_are_allowed(tmp_path: Path) -> No
         (tmp_path / name / "config.json").write_text("{}")
         with pytest.raises(CheckpointError, match=says):
             open_checkpoint(tmp_path / name, allow_pickle=True, store=tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("one.\ntwo", "one"),
+        ("a field:\n    has no number.\nthree", "a field: has no number"),
+        ("a field:", "a field:"),
+        ("  \n", "ValueError"),
+    ],
+)
+def test_what_a_library_says_is_cut_to_a_sentence(error: str, says: str) -> None:
+    assert first_line(ValueError(error)) == says
 
 
 def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> None:
