@@ -28,8 +28,8 @@ class Origin:
     """What a converted checkpoint was made of.
 
     format: `GGUF`, `GPTQ`. done: how, in words. dtypes: what the files hold, by the name that the
-    tensor has now: `Q4_1`. rounding: how far rounding to that grid can have moved the tensor at
-    most, relative to its norm, likewise; none for what is stored in a float format. unread: lines
+    tensor has now: `Q4_1`. rounding: how far rounding to that grid is taken to have moved the
+    tensor, relative to its norm, likewise; none for what is stored in a float format. unread: lines
     of what lies in the files and nothing reads. files: where they are.
     """
 

@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from streamgauge.checkpoints.formats.made import Made, plain
+from streamgauge.checkpoints.formats.made import SAFETENSORS, Made, plain, unscaled
 from streamgauge.errors import CheckpointError
 from streamgauge.numerics.grids import float_grid
 
@@ -39,10 +39,7 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     if kind not in MANTISSA or scale is None:
         if numbers.element_size() > 1:
             return plain(numbers)
-        raise CheckpointError(
-            f"{module} holds FP8 numbers and no scales lie beside it: copy the checkpoint again, "
-            "with its weight_scale_inv or weight_scale."
-        )
+        raise unscaled(module, SAFETENSORS.get(kind, kind))
     rows, columns = numbers.shape[-2:]
     high, wide = said.get("weight_block_size") or BLOCK
     if scale.dim() >= 2 and tuple(scale.shape[-2:]) == (-(-rows // high), -(-columns // wide)):
@@ -61,8 +58,7 @@ def weight(module: str, parts: "dict[str, torch.Tensor]", said: dict[str, Any], 
     values = numbers.float() * scale
     half_steps = torch.broadcast_to(scale, values.shape) * SMALLEST[kind] / 2
     smallest = float(half_steps.square().mean().sqrt())
-    dtype = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[kind]
-    return Made(values, dtype, float_grid(values.numpy(), MANTISSA[kind], smallest))
+    return Made(values, SAFETENSORS[kind], float_grid(values.numpy(), MANTISSA[kind], smallest))
 
 
 def _plain(scale: "torch.Tensor | None") -> "torch.Tensor | None":

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamgauge.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
 
 # What safetensors calls torch's dtypes.
 SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+SAFETENSORS |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Made:
     values: "torch.Tensor"
     dtype: str
     rounding: float
+
+
+def unscaled(name: str, dtype: str) -> CheckpointError:
+    """FP8 numbers whose scales are not there."""
+    return CheckpointError(
+        f"{name} holds FP8 numbers ({dtype}) and no scales lie beside it: copy the checkpoint "
+        "again, with its weight_scale_inv or weight_scale."
+    )
 
 
 def plain(values: "torch.Tensor") -> Made:

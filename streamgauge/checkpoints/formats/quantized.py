@@ -23,6 +23,7 @@ from streamgauge.checkpoints.formats import (
     mxfp4,
     torchao,
 )
+from streamgauge.checkpoints.formats.made import unscaled
 from streamgauge.checkpoints.headers import Header, headers
 from streamgauge.checkpoints.untrusted import TEXTS, strange
 from streamgauge.errors import CheckpointError, NotInstalledError, first_line
@@ -183,10 +184,7 @@ def _is_packed(chosen: ModuleType, parts: dict[str, Header]) -> bool:
 
 def _refuse_unscaled(header: Header) -> None:
     if header.dtype.startswith("F8"):
-        raise CheckpointError(
-            f"{header.name} holds FP8 numbers ({header.dtype}) and no scales lie beside it: copy "
-            "the checkpoint again, with its weight_scale_inv or weight_scale."
-        )
+        raise unscaled(header.name, header.dtype)
 
 
 def _copy(header: Header, writer: Writer) -> None:
