@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GptOssConfig,
     Lfm2Config,
     LlamaConfig,
@@ -27,6 +28,7 @@ from streamgauge.__main__ import main
 from streamgauge.checkpoints.converted import Origin, Writer, convert_once
 from streamgauge.checkpoints.files import Checkpoint, open_checkpoint
 from streamgauge.checkpoints.formats import awq, gptq
+from streamgauge.checkpoints.formats.gguf_settings import Settings, complete
 from streamgauge.errors import CheckpointError, NotInstalledError, StoreError, StreamgaugeError
 from streamgauge.numerics.grids import even_grid, uneven_grid, without_grid
 from streamgauge.store import Store
@@ -422,6 +424,15 @@ def test_what_transformers_does_not_heed_is_refused(
 
     with pytest.raises(CheckpointError, match=says):
         _converted(plain, tmp_path, change)
+
+
+@pytest.mark.parametrize(("depth", "scale"), [(62, 168), (34, 256)])
+def test_the_largest_gemma_scales_its_attention_by_its_width(depth: int, scale: int) -> None:
+    """168 = 5376 / 32 is what Gemma 3 27B's own configuration says; GGUF has no key for it."""
+    config = Gemma3TextConfig(hidden_size=5376, num_attention_heads=32, num_hidden_layers=depth)
+    said = Settings("it.gguf", "gemma3", {"gemma3.block_count": depth}, set(), {}, in_parts=False)
+    complete(config, said, Origin("GGUF"))
+    assert config.query_pre_attn_scalar == scale
 
 
 def test_keys_that_nothing_reads_are_said(plain: Path, tmp_path: Path) -> None:
