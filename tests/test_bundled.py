@@ -4,6 +4,7 @@ appear.
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,15 @@ def test_it_passes_its_own_audit(audit: Callable[..., Audit]) -> None:
     found = audit("--model", "pystdlib-3m")
     assert found.exit == 0, found.output
     assert set(found.outcomes().values()) == {"pass", "not_applicable"}
+
+
+def test_a_copy_under_another_name_is_as_sound(audit: Callable[..., Audit], tmp_path: Path) -> None:
+    copy = shutil.copytree(MODEL, tmp_path / "release-candidate")
+    found = audit("--model", copy)
+    assert found.exit == 0
+    assert set(found.outcomes().values()) == {"pass", "not_applicable"}
+    row = found.row("residual/exponential")
+    assert row["outcome"] == "not_applicable" and row["value"] == pytest.approx(0.8255, abs=5e-4)
 
 
 def test_catalogue_knows_it() -> None:

@@ -93,6 +93,9 @@ def test_a_model_has_its_own_band_or_the_general_one_or_none() -> None:
         catalogue.band("residual/super_exponential", "somebody's", 32).unclaimed
         == "no source claims it of this model"
     )
+    assert catalogue.band("residual/exponential", "somebody's", 32).unclaimed == (
+        "no source claims it of this model"
+    )
     assert str(catalogue.band("residual/exponential", "gpt2", 12).unclaimed).startswith(
         "not claimed of this model: gpt2 grows"
     )

@@ -165,6 +165,7 @@ DECLARED = (
     "declared"  # a law that no source claims of any model, claimed here by a band of the test's own
 )
 OWN_BANDS = [
+    {"law": "residual/exponential", "model": "pystdlib-3m", "low": 0.9, "source": "the test's own"},
     {"law": "residual/decrease", "model": "pystdlib-3m", "high": 1.0, "source": "the test's own"},
     {
         "law": "attention/gain_share",
@@ -250,31 +251,31 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
     ("residual/growth_rate", "gpt2-xl", lambda: sound_record(1.06, n_layers=48), "growth"),
     (
         "residual/exponential",
-        "shrinking",
+        DECLARED,
         lambda: sound_record(0.95),
         "R² of a straight line through the log norm",
     ),
     (
         "residual/exponential",
-        "constant",
+        DECLARED,
         lambda: sound_record(1.0),
         "R² of a straight line through the log norm",
     ),
     (
         "residual/exponential",
-        "spiked",
+        DECLARED,
         _scaled("resid_pre", 3.0, (slice(6, 8),)),
         "R² of a straight line through the log norm",
     ),
     (
         "residual/exponential",
-        "logarithmic",
+        DECLARED,
         lambda: sound_record(1.5, bend=-0.04),
         "R² of a straight line through the log norm",
     ),
     (
         "residual/exponential",
-        "tokens-missing",
+        DECLARED,
         _scaled("resid_pre", np.nan, (slice(5, 9), slice(0, 24))),
         "R² of a straight line through the log norm",
     ),

@@ -22,10 +22,10 @@ from tests import formats
 from tests.conftest import ROOT
 
 MEMORY = 1.5e9  # bytes, and three times the largest block
-ASSERTED = {  # laws that hold, and what they found
-    "residual/growth_rate": 1.077,
-    "residual/exponential": 0.9501,
-    "predictions/beats_unigram": 1.644,
+FOUND = {  # outcome and value of the laws that are about training
+    "residual/growth_rate": ("pass", 1.077),
+    "residual/exponential": ("not_applicable", 0.9501),  # noted: no source claims it of this model
+    "predictions/beats_unigram": ("pass", 1.644),
 }
 
 
@@ -60,10 +60,10 @@ def test_every_law_holds_or_does_not_apply(audited: tuple[list[dict[str, Any]], 
     rows, _ = audited
     outcomes = {row["law"]: row["outcome"] for row in rows}
     assert set(outcomes.values()) <= {"pass", "not_applicable"}
-    assert sum(outcome == "pass" for outcome in outcomes.values()) >= 16
-    for law, value in ASSERTED.items():
+    assert sum(outcome == "pass" for outcome in outcomes.values()) >= 15
+    for law, (outcome, value) in FOUND.items():
         (row,) = [row for row in rows if row["law"] == law]
-        assert row["outcome"] == "pass" and row["value"] == pytest.approx(value, abs=6e-4)
+        assert row["outcome"] == outcome and row["value"] == pytest.approx(value, abs=6e-4)
 
 
 def test_the_record_says_what_the_file_holds(audited: tuple[list[dict[str, Any]], Record]) -> None:
