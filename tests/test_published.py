@@ -1,5 +1,6 @@
 """Published numbers as records: what `pytest -k NAME --published` asserts, offline."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from fixtures import catalogue
+from streamgauge.numerics.bands import default_window
 from streamgauge.numerics.circuits import chance_of_ratio, norm_ratio
+from streamgauge.numerics.growth import growth_rates, log_linear_r2
 from streamgauge.record import Record
 from tests.conftest import ROOT, SHARED, Audit
 
@@ -153,6 +156,25 @@ def test_gpt2_grows_faster_than_exponentially(audit: Auditing) -> None:
         "gpt2:58-prompts": "pass",
         "distilgpt2:3-prompts": "pass",
     }
+
+
+def test_real_models_grow_and_not_all_of_them_exponentially() -> None:
+    """What the catalogue says of 27 models of 2024 to 2026, why exponential is no general law."""
+    path = SHARED / "reference" / "modern-27.activation-stats.json"
+    if not path.is_file():
+        pytest.skip("the published curves, shared/reference, are not beside the repository")
+    rates, r2 = [], {}
+    for name, model in json.loads(path.read_text(encoding="utf-8"))["models"].items():
+        post = np.array(model["hidden"]["abs_median"], float)
+        pre = np.concatenate([[np.nan], post])[:, None]  # resid_pre by layer; no embedding given
+        window = default_window(len(post))
+        rates.append(float(growth_rates(pre, window)[0]))
+        r2[name] = log_linear_r2(pre, window)
+    assert len(rates) == 27 and min(rates) > 1
+    low = {name: value for name, value in r2.items() if value < 0.9}
+    assert len(low) == 10
+    assert low["gemma-2b"] == pytest.approx(0.498, abs=1e-3)
+    assert low["Qwen2.5-1.5B"] == pytest.approx(0.687, abs=1e-3)
 
 
 def test_numbers_survived_the_import() -> None:

@@ -4,7 +4,7 @@ R² of the least-squares line through the log norm, averaged over tokens, over a
 position 0 left out; counted negative where the line falls.
 Source: Heimersheim and Turner 2023 (gpt2-xl: 0.999 over layers 5 to 41, from the authors' data).
 Applies to: models of which a source shows it. It is no general law: of the 27 models in arXiv
-2605.15572, medians over elements, eleven lie below 0.9 (gemma-2b 0.50, Qwen2.5-1.5B 0.69). Not to
+2605.15572, medians over elements, ten lie below 0.9 (gemma-2b 0.50, Qwen2.5-1.5B 0.69). Not to
 root-mean-square norms, which a few tokens with massive activations dominate.
 """
 
