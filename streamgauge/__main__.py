@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         help="variants of the layer horizon (default: the published)",
     )
     measuring.add_argument(
+        "--neighbours",
+        choices=["default", "all", "none"],
+        default="default",
+        help="changes that may repair the checkpoint: the likeliest (default), all, or none",
+    )
+    measuring.add_argument(
         "--precision",
         type=float,
         metavar="WIDTH",
@@ -157,6 +163,7 @@ def _measure(options: argparse.Namespace) -> None:
         device=options.device,
         horizons=options.horizons,
         precision=options.precision,
+        neighbours=options.neighbours,
         show=True,
     )
     record.save(options.output)
@@ -184,6 +191,7 @@ def _diff(options: argparse.Namespace) -> int:
             store=store,
             prompts=options.prompts,
             device=options.device,
+            neighbours="none",
             rows=rows,
             show=True,
         )

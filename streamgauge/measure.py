@@ -59,6 +59,7 @@ GROUPS = {
     "sketch": 2,
     "prediction": 2,
     "rounding": 3,
+    "neighbours": 1,
 }
 
 CONFIG_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -79,6 +80,7 @@ def measure(
     horizons: str = "default",
     tasks: Sequence[Task] = (),
     precision: float | None = None,
+    neighbours: str = "default",
     rows: Prompts | None = None,
     groups: Sequence[str] | None = None,
     known: Record | None = None,
@@ -91,8 +93,9 @@ def measure(
     prompts: a file with one prompt a line instead of the built-in set. horizons: the variants of
     the layer horizon that are tried, `default` or `all` (see `streamgauge.numerics.horizons`).
     tasks: prompt pairs on which heads are patched. precision: only as many prompts as it takes
-    until the 95% interval of the growth rate is narrower than this. rows: token ids to measure on
-    instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
+    until the 95% interval of the growth rate is narrower than this. neighbours: `default`, `all`
+    for every change of the checkpoint that may repair it, run to the end, or `none`. rows: token
+    ids to measure on instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
     are taken over where they are as this instrument would measure them. store: a folder of
     records, as --store names it: the record of this very checkpoint is taken from there where it
     holds what is asked for, and what is measured is added to it; `known` counts where there is
@@ -121,8 +124,14 @@ def measure(
         horizons,
         tuple(tasks),
         # Nothing is measured of a model whose forward pass was not seen to agree.
-        tuple(name for name in GROUPS if groups is None or name in ("instrument", *groups)),
+        tuple(
+            name
+            for name in GROUPS
+            if (groups is None or name in ("instrument", *groups))
+            and (name != "neighbours" or neighbours != "none")
+        ),
         precision,
+        neighbours,
     )
     asked = Asked(
         checkpoint,
@@ -193,12 +202,14 @@ class Wanted:
     patching, and groups.
 
     precision: how narrow the growth rate's interval is to be, where not all prompts are wanted.
+    neighbours: how far repairs are searched for, `default` or `all`.
     """
 
     horizons: str = "default"
     tasks: tuple[Task, ...] = ()
     groups: tuple[str, ...] = field(default_factory=lambda: tuple(GROUPS))
     precision: float | None = None
+    neighbours: str = "default"
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
             metadata["failed"] = dict.fromkeys(wanted.groups, why)
         else:
             metadata |= _said_of(plan.rows, texts)
-            arrays = _take_all(plan, tensors, checkpoint, wanted, known, metadata, accounts, show)
+            arrays = _take_all(plan, tensors, asked, known, metadata, accounts)
         metadata["weights_sha256"] = digest if hashing is None else hashing.result()
         return Record(arrays, metadata | accounts.sums())
 
@@ -274,18 +285,18 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
 def _take_all(
     plan: "Plan",
     tensors: "Tensors",
-    checkpoint: Checkpoint,
-    wanted: Wanted,
+    asked: Asked,
     known: Record | None,
     metadata: dict[str, Any],
     accounts: Accounts,
-    show: bool,
 ) -> dict[str, np.ndarray]:
     """All arrays, of an earlier record and of the walk that has ended; metadata say the rest."""
-    from streamgauge.plan import distrusted, results
+    from streamgauge.plan import Repairs, distrusted, results
 
+    wanted, repairs = asked.wanted, Repairs(asked.wanted.neighbours == "all", asked.built_in)
     metadata["matrices"] = _matrices(plan.visitors, known)
-    found = results(plan, tensors, checkpoint.folder, wanted.tasks, accounts, show)
+    found = results(plan, tensors, asked.checkpoint, wanted.tasks, repairs, accounts, asked.show)
+    metadata |= plan.said
     arrays: dict[str, np.ndarray] = {}
     if known is not None:
         kept = [name for name in wanted.groups if name not in plan.missing]
@@ -397,6 +408,10 @@ def current_groups(record: Record, wanted: Wanted) -> list[str]:
         current.remove("horizon")
     # Where no task is asked for, those that were measured do no harm.
     tasks = tasks_sha256(wanted.tasks)
+    # Where fewer repairs are asked for, those that were tried besides do no harm.
+    searched = record.metadata.get("neighbours", {}).get("search", wanted.neighbours)
+    if "neighbours" in current and wanted.neighbours == "all" and searched != "all":
+        current.remove("neighbours")
     if "patching" in current and wanted.tasks and record.metadata.get("tasks_sha256") != tasks:
         current.remove("patching")
     return current
@@ -413,6 +428,8 @@ def _take_over(known: Record, kept: list[str], metadata: dict[str, Any]) -> dict
     """The arrays of an earlier record's groups; what is said of them goes into the new metadata."""
     if "patching" in kept:
         metadata["tasks_sha256"] = known.metadata.get("tasks_sha256")
+    if "neighbours" in kept:
+        metadata["neighbours"] = known.metadata.get("neighbours", {})
     for said in ("absent", "failed", "lacking"):
         of_old = known.metadata.get(said, {}).items()
         metadata[said] |= {name: why for name, why in of_old if name.split("/")[0] in kept}

@@ -3,7 +3,6 @@ becomes of what they found.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from streamgauge.engine.memory import give_back
 from streamgauge.groups import (
     horizon,
     instrument,
+    neighbours,
     neurons,
     padding,
     patching,
@@ -43,15 +43,26 @@ from streamgauge.progress import track
 BRIDGED = ("instrument", "weights", "sketch", "random_input", "patching")  # groups that need it
 ALL_RUN = (  # groups that rest on the walk over the blocks
     *("stream", "neurons", "sublayers", "random_input", "padding", "horizon", "sublayer_effect"),
-    *("prediction", "rounding"),
+    *("prediction", "rounding", "neighbours"),
 )
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """How repairs are searched for: with every candidate on all rows, or no further than it takes;
+    and whether prompts are our own, which ordinary text stands in for.
+    """
+
+    to_the_end: bool
+    built_in: bool
 
 
 @dataclass
 class Plan:
     """The visitors of one walk by name, and what they share.
 
-    bridge: TransformerLens's, None where it has none for this model or nobody needs it.
+    bridge: TransformerLens's, None where it has none for this model or nobody needs it. said: what
+    the metadata say of what was found.
     """
 
     model: Blockwise
@@ -61,6 +72,7 @@ class Plan:
     bridge: Bridge | None
     no_bridge: str | None
     visitors: dict[str, Group] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
 
     def needs(self, *names: str) -> bool:
         """Whether one of these groups is missing."""
@@ -159,8 +171,9 @@ def _start_from_clean_runs(plan: Plan, run: PromptRun, horizons: str) -> None:
 def results(
     plan: Plan,
     tensors: Tensors,
-    folder: Path,
+    checkpoint: Checkpoint,
     tasks: tuple[Task, ...],
+    repairs: Repairs,
     accounts: Accounts,
     show: bool,
 ) -> dict[str, Found]:
@@ -172,12 +185,28 @@ def results(
         give_back()
     if plan.needs("patching"):
         with accounts.of("patching"):
-            found["patching"] = patching.measure_patching(plan.bridge, folder, tasks, show)
+            found["patching"] = patching.measure_patching(
+                plan.bridge, checkpoint.folder, tasks, show
+            )
+    if plan.needs("neighbours"):
+        with accounts.of("neighbours"):
+            found["neighbours"], plan.said["neighbours"] = _neighbours(
+                plan, checkpoint, repairs, show
+            )
     blind = plan.visitors.get("scale_blindness")
     for name, more in (("sublayers", blind), ("sketch", tensors)):
         if name in found and more is not None:
             found[name][0].update(more.found()[0])
     return found
+
+
+def _neighbours(
+    plan: Plan, checkpoint: Checkpoint, repairs: Repairs, show: bool
+) -> tuple[Found, dict[str, Any]]:
+    text = neighbours.text_for(plan.model, checkpoint, plan.rows, built_in=repairs.built_in)
+    return neighbours.measure_neighbours(
+        plan.model, text, plan.rows, to_the_end=repairs.to_the_end, show=show
+    )
 
 
 def distrusted(plan: Plan, found: dict[str, Found]) -> dict[str, str]:

@@ -21,24 +21,24 @@ from streamgauge.compare import beyond, differences, rows_to_share
 from streamgauge.errors import StreamgaugeError
 from streamgauge.record import Record
 
-LAYER = 2  # where faults are put
+LAYER = 2  # where faults are put, where nothing else is said
 
 
 class Files:
     """A checkpoint's tensors and configuration, to be changed and written again; GPT-2's and
-    Llama's names by one word each.
+    Llama's names by one word each. layer: the one that faults are put into.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, layer: int = LAYER) -> None:
+        self.folder, self.layer = folder, layer
         self.tensors = load_file(folder / "model.safetensors")
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.is_gpt2 = self.config["model_type"] == "gpt2"
 
-    def name(self, part: str, layer: int = LAYER) -> str:
-        """The tensor of one part of a layer, or of none: W_in, ln1, embed …"""
+    def name(self, part: str) -> str:
+        """The tensor of one part of the layer, or of none: W_in, ln1, embed …"""
         if self.is_gpt2:
-            block = f"transformer.h.{layer}."
+            block = f"transformer.h.{self.layer}."
             names = {
                 "qkv": block + "attn.c_attn.weight",
                 "W_O": block + "attn.c_proj.weight",
@@ -54,7 +54,7 @@ class Files:
                 "final": "transformer.ln_f.weight",
             }
         else:
-            block = f"model.layers.{layer}."
+            block = f"model.layers.{self.layer}."
             names = {
                 "W_Q": block + "self_attn.q_proj.weight",
                 "W_K": block + "self_attn.k_proj.weight",
@@ -91,7 +91,7 @@ class Files:
 
     def in_layer(self, name: str, layer: int) -> str:
         """The same tensor's name in another layer."""
-        return name.replace(f".{LAYER}.", f".{layer}.", 1)
+        return name.replace(f".{self.layer}.", f".{layer}.", 1)
 
     def write(self, folder: Path) -> Path:
         """Write it, with whatever else lay beside it."""
@@ -122,14 +122,14 @@ class Fault:
 
 
 def _swap_layers(f: Files) -> None:
-    for name in f.of_layer(LAYER):
-        other = f.in_layer(name, LAYER + 1)
+    for name in f.of_layer(f.layer):
+        other = f.in_layer(name, f.layer + 1)
         f.tensors[name], f.tensors[other] = f.tensors[other], f.tensors[name]
 
 
 def _repeat_layer(f: Files) -> None:
-    for name in f.of_layer(LAYER):
-        f.tensors[f.in_layer(name, LAYER + 1)] = f.tensors[name].clone()
+    for name in f.of_layer(f.layer):
+        f.tensors[f.in_layer(name, f.layer + 1)] = f.tensors[name].clone()
 
 
 def _head_rows(f: Files) -> torch.Tensor:
@@ -192,7 +192,7 @@ def _rows_permuted(f: Files) -> None:
 
 def _other_revision(f: Files) -> None:
     generator = torch.Generator().manual_seed(0)
-    for name in f.of_layer(LAYER):
+    for name in f.of_layer(f.layer):
         weight = f.tensors[name]
         if weight.dim() > 1:
             noise = torch.randn(weight.shape, generator=generator) * weight.float().std()

@@ -187,10 +187,11 @@ class Blockwise:
     ) -> "torch.Tensor":
         """What the model's own last norm and unembedding make of a stream.
 
-        Of ids, (rows, positions), the shape matters.
+        Of ids, (rows, positions), the shape matters. Gradients of the stream are kept where it asks
+        for some.
         """
         with self.hooked(hooks):
-            output = self._pass(ids, lambda layer, *_: stream)
+            output = self._pass(ids, lambda layer, *_: stream, gradient=stream.requires_grad)
         logits: torch.Tensor = first(output.logits if hasattr(output, "logits") else output)
         return logits.float()
 
@@ -248,7 +249,13 @@ class Blockwise:
             known = self._known[value.shape, value.dtype] = value
         return known
 
-    def _pass(self, ids: "torch.Tensor", note: Any, beside: tuple[Any, ...] | None = None) -> Any:
+    def _pass(
+        self,
+        ids: "torch.Tensor",
+        note: Any,
+        beside: tuple[Any, ...] | None = None,
+        gradient: bool = False,
+    ) -> Any:
         """The model's own forward pass, during which blocks return what `note` makes of their
         number, the stream and the other arguments, and beside it what the last block returned; what
         the pass returns, if it was not broken off.
@@ -266,7 +273,11 @@ class Blockwise:
             return pass_on
 
         stubs = {block: standing_in(layer) for layer, block in enumerate(self.blocks)}
-        with calling_instead(stubs), contextlib.suppress(_Entered), torch.no_grad():
+        with (
+            calling_instead(stubs),
+            contextlib.suppress(_Entered),
+            torch.set_grad_enabled(gradient),
+        ):
             return self.mapped.model(input_ids=ids, **self._quiet)
         return None
 

@@ -101,7 +101,7 @@ def build_bridge(model: Blockwise) -> Bridge:
     skeleton = _skeleton_like(plain)
     model.mapped.add(skeleton)
     try:
-        with _no_memory(), model.mapped.without_tables(skeleton):
+        with without_memory(), model.mapped.without_tables(skeleton):
             bridge = _around(skeleton, name, model.device)
             blocks = list(bridge.blocks)
     except strange() as error:  # what TransformerLens raises on models that it does not know
@@ -146,7 +146,7 @@ def _around(skeleton: Any, name: str, device: Any) -> Any:
 
 def _skeleton_like(plain: Any) -> Any:
     """Another instance of a model, without weights and with the same buffers."""
-    with _no_memory():
+    with without_memory():
         config = copy.deepcopy(plain.config)
         skeleton = type(plain)._from_config(config, attn_implementation="eager")
     for path, module in skeleton.named_modules():
@@ -156,7 +156,7 @@ def _skeleton_like(plain: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _no_memory() -> Iterator[None]:
+def without_memory() -> Iterator[None]:
     """Let modules that are made have parameters without memory, which nothing fills."""
     from accelerate import init_empty_weights
 

@@ -5,6 +5,7 @@ while it is at work.
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streamgauge.engine.memory import give_back
@@ -239,20 +240,44 @@ class Mapped:
 
         self.unembedding = self.stored[name]
 
+        def part(rows: "torch.Tensor") -> "torch.Tensor":
+            if self._change:
+                return self._value(name, rows)
+            here = slice(int(rows[0]), int(rows[-1]) + 1)
+            return self.stored[name][here].to(self.device, torch.float32)
+
         def forward(x: "torch.Tensor") -> "torch.Tensor":
-            size = self.stored[name].shape[0]
             bias = head._parameters.get("bias")
-            logits = x.new_empty((*x.shape[:-1], size))
-            for rows in torch.arange(size).split(VOCABULARY_ROWS):
-                here = slice(int(rows[0]), int(rows[-1]) + 1)
-                if self._change:
-                    part = self._value(name, rows)
-                else:
-                    part = self.stored[name][here].to(self.device, torch.float32)
-                logits[..., here] = torch.nn.functional.linear(x, part)
+            logits = multiplied_in_parts()(x, part, self.stored[name].shape[0])
             return logits if bias is None else logits.add_(bias)
 
         head.forward = forward
+
+
+@cache
+def multiplied_in_parts() -> Any:
+    """Multiplication by a matrix of which VOCABULARY_ROWS rows are in memory at a time, going
+    forward and going back: (x, what gives some rows, how many there are) to (…, rows).
+    """
+    import torch
+
+    class InParts(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, x: Any, part: Any, size: int) -> Any:
+            ctx.part, ctx.size = part, size
+            logits = x.new_empty((*x.shape[:-1], size))
+            for rows in torch.arange(size).split(VOCABULARY_ROWS):
+                logits[..., rows[0] : rows[-1] + 1] = torch.nn.functional.linear(x, part(rows))
+            return logits
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            total: Any = 0
+            for rows in torch.arange(ctx.size).split(VOCABULARY_ROWS):
+                total = total + gradient[..., rows[0] : rows[-1] + 1] @ ctx.part(rows)
+            return total, None, None
+
+    return InParts.apply
 
 
 def stand_in(tensor: "torch.Tensor") -> "torch.Tensor":

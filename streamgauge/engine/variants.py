@@ -1,0 +1,183 @@
+"""Changes of a whole checkpoint: other entries of its configuration, and other tables of tokens and
+positions. Each is run as transformers runs it, in a skeleton of its own with the same mapped
+weights.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamgauge.engine.bridge import without_memory
+from streamgauge.engine.mapped import Mapped
+from streamgauge.engine.probe import quiet
+from streamgauge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# Values that checkpoints really have, by entries of a configuration that conversions lose.
+USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+        (1e-5, 1e-6),
+    ),
+    **dict.fromkeys(
+        ("hidden_act", "hidden_activation", "activation_function"),
+        ("silu", "gelu", "gelu_pytorch_tanh", "relu"),
+    ),
+    "scale_attn_weights": (True, False),
+    "scale_attn_by_inverse_layer_idx": (True, False),
+    "attn_logit_softcapping": (None, 50.0),
+    "final_logit_softcapping": (None, 30.0),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+}
+ROPE_BASES = (1e4, 5e5, 1e6)
+ROPE_FACTORS = (4.0, 8.0)
+SAME = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
+STEPS = (1, -1, 2, -2)  # rows by which tables are moved
+
+Stored = dict[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change by its name. entries: of the configuration; tables: new tensors of some names."""
+
+    name: str
+    entries: dict[str, Any] = field(default_factory=dict)
+    tables: Callable[[Stored], Stored] = lambda stored: {}
+
+
+def variants_of(mapped: Mapped) -> list[Variant]:
+    """What can be changed of this model."""
+    config = mapped.model.config.get_text_config()
+    entries = [*_usual(config), *_rope(config), *_heads(config)]
+    named = [Variant(_said(change), change) for change in entries]
+    return [*named, *_tables(mapped)]
+
+
+def _said(change: dict[str, Any]) -> str:
+    """As `config.json with rope_theta 10000`."""
+    shown = {"rope_parameters": lambda v: ", ".join(f"{k} {x}" for k, x in v.items())}
+    parts = [shown[k](v) if k in shown else f"{k} {v}" for k, v in change.items()]
+    return f"config.json with {', '.join(parts)}"
+
+
+def _usual(config: Any) -> Iterator[dict[str, Any]]:
+    missing = object()
+    for name, values in USUAL.items():
+        own = getattr(config, name, missing)
+        for value in values if own is not missing else ():
+            same = SAME.get(own, own) if isinstance(own, str) else own
+            if value != same:
+                yield {name: value}
+    head = getattr(config, "head_dim", None)
+    if getattr(config, "query_pre_attn_scalar", None) and head:
+        for value in {head, config.hidden_size // config.num_attention_heads}:
+            if value != config.query_pre_attn_scalar:
+                yield {"query_pre_attn_scalar": value}
+
+
+def _rope(config: Any) -> Iterator[dict[str, Any]]:
+    own = getattr(config, "rope_parameters", None)
+    if not isinstance(own, dict) or "rope_theta" not in own:
+        return
+    for base in ROPE_BASES:
+        if base != own["rope_theta"]:
+            yield {"rope_parameters": own | {"rope_theta": base}}
+    if own.get("rope_type", "default") != "default":
+        yield {"rope_parameters": {"rope_theta": own["rope_theta"], "rope_type": "default"}}
+        return
+    for factor in ROPE_FACTORS:
+        yield {"rope_parameters": own | {"rope_type": "linear", "factor": factor}}
+
+
+def _heads(config: Any) -> Iterator[dict[str, Any]]:
+    """Twice as many heads half as wide, and the other way round."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return
+    own = "n_head" if hasattr(config, "n_head") else "num_attention_heads"
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None)
+    for double in (True, False):
+        if (width if double else heads) % 2 or (groups and not double and groups % 2):
+            continue
+        change = {own: heads * 2 if double else heads // 2}
+        if hasattr(config, "head_dim"):
+            change["head_dim"] = width // 2 if double else width * 2
+        if groups:
+            change["num_key_value_heads"] = groups * 2 if double else groups // 2
+        yield change
+
+
+def _tables(mapped: Mapped) -> Iterator[Variant]:
+    model = mapped.model
+    names = {id(module): path for path, module in model.named_modules()}
+    embedding = f"{names[id(model.get_input_embeddings())]}.weight"
+    head = f"{names.get(id(model.get_output_embeddings()))}.weight"
+    positions = [name for name in mapped.stored if POSITIONS.search(name)]
+    for what, names_of in (("position", positions), ("token", [embedding])):
+        for step in STEPS if names_of else ():
+            moved = f"the {what} table moved by {step} row{'s' * (abs(step) > 1)}"
+            yield Variant(moved, {}, _moved(names_of[0], step))
+    stored = mapped.stored
+    own = head in stored and stored[head].data_ptr() != stored[embedding].data_ptr()
+    if own and stored[head].shape == stored[embedding].shape:
+        yield Variant("the head tied to the embedding", {}, lambda s: {head: s[embedding]})
+    width = model.config.get_text_config().hidden_size ** 0.5
+    for what, factor in ((f"{width:.4g}", width), (f"1/{width:.4g}", 1 / width)):
+        yield Variant(f"the embedding times {what}", {}, _scaled(embedding, factor))
+
+
+def _moved(name: str, step: int) -> Callable[[Stored], Stored]:
+    """A table with its rows moved, under all the names that it has."""
+
+    def change(stored: Stored) -> Stored:
+        table = stored[name]
+        moved = table.roll(step, 0)
+        return {n: moved for n, t in stored.items() if t.data_ptr() == table.data_ptr()}
+
+    return change
+
+
+def _scaled(name: str, factor: float) -> Callable[[Stored], Stored]:
+    return lambda stored: {name: stored[name] * factor}
+
+
+def skeleton_with(mapped: Mapped, variant: Variant) -> Mapped:
+    """The model with a variant's entries and tables. Raises CheckpointError where transformers can
+    build none.
+    """
+    plain = mapped.model
+    config = copy.deepcopy(plain.config)
+    for name, value in variant.entries.items():
+        setattr(config.get_text_config(), name, value)
+    try:
+        with without_memory():
+            skeleton = type(plain)._from_config(config, attn_implementation="eager").eval()
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(str(error)) from error
+    kept = plain.state_dict(keep_vars=True)
+    for name, buffer in plain.named_buffers():
+        if name in kept:
+            path, _, attribute = name.rpartition(".")
+            skeleton.get_submodule(path)._buffers[attribute] = buffer
+    stored = mapped.stored | variant.tables(mapped.stored)
+    return Mapped(skeleton, stored, str(mapped.device))
+
+
+def logits_of(mapped: Mapped, ids: "torch.Tensor") -> "torch.Tensor":
+    """Of a plain forward pass, (rows, positions, d_vocab)."""
+    import torch
+
+    with torch.no_grad():
+        output = mapped.model(input_ids=ids, **quiet(mapped.model))
+    logits: torch.Tensor = output.logits.float()
+    return logits
