@@ -95,11 +95,11 @@ def measure(
     tasks: prompt pairs on which heads are patched. precision: only as many prompts as it takes
     until the 95% interval of the growth rate is narrower than this. neighbours: `default`, `all`
     for every change of the checkpoint that may repair it, run to the end, or `none`. rows: token
-    ids to measure on instead of any text. known: an earlier record of the same checkpoint and prompts, whose groups
-    are taken over where they are as this instrument would measure them. store: a folder of
-    records, as --store names it: the record of this very checkpoint is taken from there where it
-    holds what is asked for, and what is measured is added to it; `known` counts where there is
-    none. show: progress on stderr, by default in notebooks alone.
+    ids to measure on instead of any text. known: an earlier record of the same checkpoint and
+    prompts, whose groups are taken over where they are as this instrument would measure them.
+    store: a folder of records, as --store names it: the record of this very checkpoint is taken
+    from there where it holds what is asked for, and what is measured is added to it; `known` counts
+    where there is none. show: progress on stderr, by default in notebooks alone.
     Raises UnknownModelError, CheckpointError, HubError, PromptError, StoreError, NotInstalledError,
     or NotMeasured where files change meanwhile, each with one sentence for the user.
 

@@ -39,6 +39,13 @@ def _exchanged(pairs: dict[str, str], parts: Parts) -> Values:
     return {to: parts[of] for to, of in pairs.items()}
 
 
+def _gains(one: str, other: str, parts: Parts) -> Values:
+    """The gains alone of two norms that have biases as well."""
+    if not {one, other, _bias(one), _bias(other)} <= parts.places.keys():
+        return {}
+    return {one: parts[other], other: parts[one]}
+
+
 def _bias(role: str) -> str:
     return f"b_{role[2:]}" if role.startswith("W_") else f"{role} bias"
 
@@ -127,6 +134,9 @@ REPAIRS: dict[str, Repair] = {
     **{
         f"{one} {other}": partial(_exchanged, {one: other, other: one})
         for one, other in combinations(NORMS, 2)
+    },
+    **{
+        f"{one} {other} gains": partial(_gains, one, other) for one, other in combinations(NORMS, 2)
     },
     **{
         f"{norm} gain {step}": partial(_gain, norm, by)

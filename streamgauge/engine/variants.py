@@ -1,16 +1,16 @@
-"""Changes of a whole checkpoint: other entries of its configuration, and other tables of tokens and
-positions. Each is run as transformers runs it, in a skeleton of its own with the same mapped
-weights.
+"""Changes of a whole checkpoint: other entries of its configuration, for which transformers builds
+another skeleton around the same mapped weights, and other tables of tokens and positions.
 """
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamgauge.engine.bridge import without_memory
-from streamgauge.engine.mapped import Mapped
+from streamgauge.engine.mapped import Change, Mapped
 from streamgauge.engine.probe import quiet
 from streamgauge.errors import CheckpointError
 
@@ -40,18 +40,19 @@ ROPE_BASES = (1e4, 5e5, 1e6)
 ROPE_FACTORS = (4.0, 8.0)
 SAME = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
-STEPS = (1, -1, 2, -2)  # rows by which tables are moved
-
-Stored = dict[str, "torch.Tensor"]
+STEPS = {"position": (1, -1, 2, -2), "token": (1, -1)}  # rows by which tables are moved
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A change by its name. entries: of the configuration; tables: new tensors of some names."""
+    """A change by its name. entries: of the configuration. change: of tables. scale: what embedded
+    tokens are multiplied by.
+    """
 
     name: str
     entries: dict[str, Any] = field(default_factory=dict)
-    tables: Callable[[Stored], Stored] = lambda stored: {}
+    change: Change | None = None
+    scale: float = 1.0
 
 
 def variants_of(mapped: Mapped) -> list[Variant]:
@@ -118,46 +119,75 @@ def _heads(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _tables(mapped: Mapped) -> Iterator[Variant]:
-    model = mapped.model
+    model, stored = mapped.model, mapped.stored
     names = {id(module): path for path, module in model.named_modules()}
     embedding = f"{names[id(model.get_input_embeddings())]}.weight"
     head = f"{names.get(id(model.get_output_embeddings()))}.weight"
-    positions = [name for name in mapped.stored if POSITIONS.search(name)]
-    for what, names_of in (("position", positions), ("token", [embedding])):
-        for step in STEPS if names_of else ():
-            moved = f"the {what} table moved by {step} row{'s' * (abs(step) > 1)}"
-            yield Variant(moved, {}, _moved(names_of[0], step))
-    stored = mapped.stored
+    positions = [name for name in stored if POSITIONS.search(name)]
+    for what, tables in (("position", positions), ("token", [embedding])):
+        for step in STEPS[what] if tables else ():
+            rows = f"{step} row{'s' * (abs(step) > 1)}"
+            yield Variant(
+                f"the {what} table moved by {rows}", change=_moved(mapped, tables[0], step)
+            )
     own = head in stored and stored[head].data_ptr() != stored[embedding].data_ptr()
     if own and stored[head].shape == stored[embedding].shape:
-        yield Variant("the head tied to the embedding", {}, lambda s: {head: s[embedding]})
-    width = model.config.get_text_config().hidden_size ** 0.5
-    for what, factor in ((f"{width:.4g}", width), (f"1/{width:.4g}", 1 / width)):
-        yield Variant(f"the embedding times {what}", {}, _scaled(embedding, factor))
+        yield Variant("the head tied to the embedding", change=_instead(mapped, head, embedding))
+    root = model.config.get_text_config().hidden_size ** 0.5
+    yield Variant(f"embedded tokens times {root:.4g}", scale=root)
+    yield Variant(f"embedded tokens over {root:.4g}", scale=1 / root)
 
 
-def _moved(name: str, step: int) -> Callable[[Stored], Stored]:
-    """A table with its rows moved, under all the names that it has."""
+def _moved(mapped: Mapped, table: str, step: int) -> Change:
+    """A table with its rows moved, whatever uses it."""
+    import torch
 
-    def change(stored: Stored) -> Stored:
-        table = stored[name]
-        moved = table.roll(step, 0)
-        return {n: moved for n, t in stored.items() if t.data_ptr() == table.data_ptr()}
+    whole = mapped.stored[table]
+
+    def change(name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
+        if mapped.stored[name].data_ptr() != whole.data_ptr():
+            return values
+        asked = torch.arange(len(whole)) if rows is None else rows.to(whole.device)
+        return whole[(asked - step) % len(whole)].to(values.device, values.dtype)
 
     return change
 
 
-def _scaled(name: str, factor: float) -> Callable[[Stored], Stored]:
-    return lambda stored: {name: stored[name] * factor}
+def _instead(mapped: Mapped, table: str, other: str) -> Change:
+    """One table in the place of another."""
+
+    def change(name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
+        if name != table:
+            return values
+        whole = mapped.stored[other]
+        found = whole if rows is None else whole[rows.to(whole.device)]
+        return found.to(values.device, values.dtype)
+
+    return change
 
 
-def skeleton_with(mapped: Mapped, variant: Variant) -> Mapped:
-    """The model with a variant's entries and tables. Raises CheckpointError where transformers can
-    build none.
+@contextlib.contextmanager
+def in_place(mapped: Mapped, variant: Variant) -> Iterator[Mapped]:
+    """The model with a variant's entries, tables and scale. Raises CheckpointError where
+    transformers can build none.
     """
+    if variant.entries:
+        yield _skeleton_with(mapped, variant.entries)
+        return
+    embedding = mapped.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output * variant.scale)
+    try:
+        with mapped.changes() as use:
+            use(variant.change)
+            yield mapped
+    finally:
+        handle.remove()
+
+
+def _skeleton_with(mapped: Mapped, entries: dict[str, Any]) -> Mapped:
     plain = mapped.model
     config = copy.deepcopy(plain.config)
-    for name, value in variant.entries.items():
+    for name, value in entries.items():
         setattr(config.get_text_config(), name, value)
     try:
         with without_memory():
@@ -169,8 +199,7 @@ def skeleton_with(mapped: Mapped, variant: Variant) -> Mapped:
         if name in kept:
             path, _, attribute = name.rpartition(".")
             skeleton.get_submodule(path)._buffers[attribute] = buffer
-    stored = mapped.stored | variant.tables(mapped.stored)
-    return Mapped(skeleton, stored, str(mapped.device))
+    return Mapped(skeleton, mapped.stored, str(mapped.device))
 
 
 def logits_of(mapped: Mapped, ids: "torch.Tensor") -> "torch.Tensor":

@@ -29,9 +29,9 @@ from streamgauge.engine.load import context_length
 from streamgauge.engine.parts import Parts
 from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
-from streamgauge.engine.variants import Variant, logits_of, skeleton_with, variants_of
+from streamgauge.engine.variants import Variant, in_place, logits_of, variants_of
 from streamgauge.errors import CheckpointError
-from streamgauge.numerics.neighbours import KINDS, paired
+from streamgauge.numerics.neighbours import KINDS, LEAST, paired
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
 from streamgauge.progress import track
@@ -46,9 +46,9 @@ CHARACTERS = 8  # of text for a token, so that a row is full
 FEWEST = 24  # rows, all together
 PROMISING = -2.0  # t of the screen's estimate below which a candidate is raced
 FIRST_HEAT = 80  # candidates of blocks that are raced at most, unless all are asked for
-CLEARLY_WORSE = 1.0  # t
+CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 3.0  # standard errors
 STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
-LOGITS = 2**26  # numbers held at once of a whole model's
+LOGITS = 2**24  # numbers held at once of a whole model's
 SUBLAYERS = ("attn", "mlp")
 SAMPLED = "its tokenizer can write no text that it was trained for, and its own samples are blind"
 BETWEEN = "the model does something to the stream between its blocks, whose repairs are not known"
@@ -146,11 +146,15 @@ class Search:
         return [c for c in raced if c.values]
 
     def _left(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Those that are not clearly worse than the checkpoint: the better half of them, unless all
-        are asked for.
+        """Those that are not clearly worse than the checkpoint, nor clearly no better by LEAST: the
+        better half of them, unless all are asked for.
         """
         seen = [(c, *self.judged(c)) for c in candidates]
-        left = [(c, m / e) for c, m, e in seen if e and m <= CLEARLY_WORSE * e]
+        left = [
+            (c, m / e)
+            for c, m, e in seen
+            if e and m <= CLEARLY_WORSE * e and m - CLEARLY_NO_BETTER * e < -LEAST
+        ]
         left.sort(key=lambda one: one[1])
         most = len(left) if self.to_the_end else max(1, len(candidates) // 2)
         return [c for c, _ in left[:most]]
@@ -180,7 +184,8 @@ class Search:
         start = 0
         for tokens in self.tokens:
             lacking = [c for c in again if sum(map(len, c.values)) == start]
-            self._run_blocks(lacking, rows[start : start + len(tokens)])
+            if lacking:
+                self._run_blocks(lacking, rows[start : start + len(tokens)])
             start += len(tokens)
 
     def _share(self, kind: str) -> float:
@@ -409,15 +414,14 @@ class Search:
 
         self._spend(ids, self.model.n_layers + self.head)
         try:
-            skeleton = skeleton_with(self.model.mapped, variant)
-            size = max(1, LOGITS // (len(self.model.unembedding) * ids.shape[1]))
-            sums = []
-            for some, count in zip(ids.split(size), counted.split(size), strict=True):
-                logits = logits_of(skeleton, some)[:, :-1].flatten(0, 1)
-                losses = torch.nn.functional.cross_entropy(
-                    logits, some[:, 1:].flatten(), reduction="none"
-                )
-                sums.append((losses.view(count.shape).double() * count).sum(1))
+            sums, size = [], max(1, LOGITS // (len(self.model.unembedding) * ids.shape[1]))
+            with in_place(self.model.mapped, variant) as changed:
+                for some, count in zip(ids.split(size), counted.split(size), strict=True):
+                    logits = logits_of(changed, some)[:, :-1].flatten(0, 1)
+                    losses = torch.nn.functional.cross_entropy(
+                        logits, some[:, 1:].flatten(), reduction="none"
+                    )
+                    sums.append((losses.view(count.shape).double() * count).sum(1))
             found: np.ndarray = torch.cat(sums).cpu().numpy()
         except (CheckpointError, RuntimeError, ValueError):
             return np.full(len(ids), np.inf)

@@ -10,6 +10,7 @@ import numpy as np
 from streamgauge.numerics.student_t import quantile
 
 FALSE_ALARM = 1e-3  # of a whole search: the chance that a sound checkpoint is called faulty
+LEAST = 0.01  # nats a token by which a change must lower the loss to be looked for
 NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
 
@@ -84,6 +85,14 @@ KINDS |= {
 KINDS |= {
     f"{one} {other}": Kind(
         "norm", f"{one} and {other} exchanged", "they are probably exchanged in the file"
+    )
+    for one, other in combinations(NORMS, 2)
+}
+KINDS |= {
+    f"{one} {other} gains": Kind(
+        "norm",
+        f"the gains of {one} and {other} exchanged",
+        "these are probably exchanged in the file",
     )
     for one, other in combinations(NORMS, 2)
 }
