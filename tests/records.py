@@ -15,6 +15,13 @@ QUIET_HEADS = (
     "W_QK_spectral",
     "W_QK_frobenius",
 )
+REPAIRS = {  # and the layers that they are tried in
+    "W_gate W_in": 12,
+    "without mlp": 12,
+    "without attn": 12,
+    "layers exchanged": 12,
+    "config.json with n_head 8": -1,
+}
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 
 
@@ -71,6 +78,7 @@ def sound_record(
         "stream/is_bos": position == 0,
         "stream/is_padding": np.zeros(position.size, bool),
     }
+    arrays |= {f"neighbours/{name}": values for name, values in _repairs().items()}
     arrays |= {
         "instrument/block_error": np.zeros(n_layers),
         "instrument/bridge_error": np.full(n_layers, 1e-7),
@@ -102,6 +110,16 @@ def sound_record(
         "centres": True,
         "parallel": False,
         "sampled": False,
+        "neighbours": {
+            "kinds": list(REPAIRS),
+            "search": "default",
+            "text": "the prompts",
+            "loss": 3.0,
+            "unigram_loss": 5.0,
+            "tokens": 3810,
+            "screened": 40,
+            "passes": 20.0,
+        },
         "config": {"n_head": N_HEADS, "activation": "gelu"},
         "parameters": [
             {"name": f"h.{n}.mlp.c_fc.weight", "shape": [D_MODEL, D_MODEL]} for n in range(n_layers)
@@ -177,6 +195,19 @@ def _predictions(n_layers: int, position: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _repairs() -> dict[str, np.ndarray]:
+    """Changes that all make it worse, but for one that changes next to nothing."""
+    n = len(REPAIRS)
+    return {
+        "layer": np.array(list(REPAIRS.values()), np.int32),
+        "change": np.append(np.linspace(0.04, 0.2, n - 1), -1e-4),
+        "error": np.full(n, 0.01),
+        "rows": np.full(n, 60, np.int32),
+        "tokens": np.full(n, 3810, np.int32),
+        "chance": np.full(n, 0.9),
+    }
+
+
 def _depth(n_layers: int) -> dict[str, np.ndarray]:
     """A horizon of half the depth, and sublayers whose removal costs a tenth of what it could."""
     k = np.append(np.arange(0, n_layers + 1, 2), n_layers + 1).astype(np.int32)
@@ -218,7 +249,11 @@ def made_up(n_layers: int, seed: int = 7) -> Record:
     """Every number off by a factor of its own, a padding token, a growing stream all the same."""
     sound, dice = sound_record(1.3, n_layers=n_layers), np.random.default_rng(seed)
     arrays = {}
-    for name, values in sorted(sound.arrays.items()):
+    # Those of repairs last, so that the others keep the factors that they always had.
+    by_age = sorted(
+        sound.arrays.items(), key=lambda one: (one[0].startswith("neighbours/"), one[0])
+    )
+    for name, values in by_age:
         noise = np.exp(0.1 * dice.standard_normal(values.shape))
         if name in SMALL:
             arrays[name] = SMALL[name] * dice.uniform(0.1, 1, values.shape)

@@ -53,6 +53,7 @@ COVERED = {
     "depth: earlier outputs fade": ["depth/earlier_outputs_fade"],
     "attention: causality": ["attention/causality"],
     "predictions: better than counting": ["predictions/beats_unigram"],
+    "predictions: lowest loss among its neighbours": ["predictions/best_of_its_neighbours"],
     "regression: a baseline": [
         f"regression/{kind}"
         for kind in ("config", "weights", "norms", "activations", "predictions")

@@ -70,6 +70,14 @@ def _too_large_for_fp16() -> Record:
     return record
 
 
+def _repaired(number: int) -> Record:
+    """A record of which one change lowers the loss, on every row."""
+    record = sound_record()
+    change, chance = (record.array(f"neighbours/{name}").copy() for name in ("change", "chance"))
+    change[number], chance[number] = -0.189, 1e-12
+    return replaced(record, {"neighbours/change": change, "neighbours/chance": chance})
+
+
 def _faulty(kind: str) -> Callable[[], Record]:
     return lambda: sound_record(
         integrity={"not_finite": [], "dead": [], "alike": [], "reset": [], "repeated": []}
@@ -666,6 +674,24 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "not-a-number",
         _of("any", "prediction/loss", lambda x: x * np.nan),
         "loss below the unigram's",
+    ),
+    (
+        "predictions/best_of_its_neighbours",
+        "a-repair-helps",
+        lambda: _repaired(0),
+        "certain change of loss by a repair",
+    ),
+    (
+        "predictions/best_of_its_neighbours",
+        "better-without",
+        lambda: _repaired(1),
+        "certain change of loss by a repair",
+    ),
+    (
+        "predictions/best_of_its_neighbours",
+        "not-a-number",
+        _of("any", "neighbours/change", lambda x: x * np.nan),
+        "certain change of loss by a repair",
     ),
     (
         "regression/config",

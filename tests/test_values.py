@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from streamgauge.laws import laws
 from streamgauge.record import Record
@@ -279,6 +280,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     ],
     "depth/effect_bound": lambda: [kl_over_bound(kind, name).max() for kind, name in EFFECTS],
     "predictions/beats_unigram": lambda: [counted()],
+    "predictions/best_of_its_neighbours": lambda: [highest_fall()],
 }
 ELSEWHERE = {  # laws about files and about baselines, and one that needs a published number
     "attention/frobenius_is_random_response",
@@ -307,6 +309,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     subprocess.run(command, cwd=ROOT, env=os.environ, check=False, capture_output=True)
     lines = Path(folder, "rows.jsonl").read_text().splitlines()
     return {row["law"]: row for row in map(json.loads, lines)}
+
+
+def highest_fall() -> float:
+    """The lowest of what changes may lower the loss by, all together but for one time in 1000."""
+    names = ("change", "error", "rows")
+    change, error, n = (A[f"neighbours/{name}"] for name in names)
+    bounds = change + stats.t.ppf(1 - 1e-3 / 2 / len(change), n - 1) * error
+    return float(min(np.maximum(bounds, 0)))
 
 
 def largest(values: np.ndarray, layers: Any = range(N_LAYERS)) -> int:

@@ -1,8 +1,8 @@
 """Norm gains are trained: none is one constant where the same norms of other layers are not.
 
-Count of norms before attention or MLP whose gain is the same in every coordinate although other
-layers' gains vary; 0. Where all layers' gains are constant the model is untrained or its norms have
-no gain, and nothing is wrong.
+Count of norms whose gain is the same in every coordinate although other layers' gains vary; the one
+behind the last layer counts too; 0. Where all layers' gains are constant the model is untrained or
+its norms have no gain, and nothing is wrong.
 Source: conversions that miss a tensor leave its initial value, which for gains is a constant.
 Applies to: every model with norms before its sublayers.
 """

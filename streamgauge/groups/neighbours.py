@@ -31,7 +31,7 @@ from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
 from streamgauge.engine.variants import Variant, in_place, logits_of, variants_of
 from streamgauge.errors import CheckpointError
-from streamgauge.numerics.neighbours import KINDS, LEAST, paired
+from streamgauge.numerics.neighbours import KINDS, LEAST, paired, upper_bounds
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
 from streamgauge.progress import track
@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     import torch
 
 LENGTH = 64  # tokens of a row
-SCREEN, RACE = 8, 64  # rows of that length on which candidates are screened, and raced at most
-HEATS = 5  # the first has RACE / 2**(HEATS - 1) rows, each other one twice as many as before
+SCREEN, RACE = 8, 192  # rows of that length on which candidates are screened, and raced at most
+HEATS = (48, 24, 12, 6, 3, 1)  # what part of the rows each heat ends with; the last two are tested
+FIRST_ROWS = 4
 CHARACTERS = 8  # of text for a token, so that a row is full
 FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
 FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for
-CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 3.0  # standard errors
+CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 2.0  # standard errors
 STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
 LOGITS = 2**24  # numbers held at once of a whole model's
 SUBLAYERS = ("attn", "mlp")
@@ -66,6 +67,9 @@ class Candidate:
     variant: Variant | None = None
     promise: float = 0.0
     values: list[np.ndarray] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.values))
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,11 @@ class Search:
         self.model, self.text, self.to_the_end, self.show = model, text, to_the_end, show
         self.config = model.mapped.model.config.get_text_config()
         self.spent = self.screened = 0
-        first_heat = len(text.race) >> (HEATS - 1)
+        most = len(text.race)
+        self.ends = sorted({max(FIRST_ROWS, most // part) for part in HEATS})
         # Half as long where all candidates are run on them.
         self.rows = [
-            row[: LENGTH // 2] if n < first_heat else row for n, row in enumerate(text.race)
+            row[: LENGTH // 2] if n < self.ends[0] else row for n, row in enumerate(text.race)
         ]
         self.clean: list[np.ndarray] = []  # sums of losses by row, of each heat
         self.tokens: list[np.ndarray] = []
@@ -137,13 +142,19 @@ class Search:
             found = [c for c in found if c.promise < PROMISING][:FIRST_HEAT]
         variants = [Candidate(v.name, None, v) for v in variants_of(self.model.mapped)]
         raced = [*found, *variants]
-        alive, rows = list(raced), self.rows
-        ends = [len(rows) >> (HEATS - 1 - heat) for heat in range(HEATS)]
-        for start, end in track(list(zip([0, *ends], ends, strict=False)), "repairs", self.show):
-            self._heat(alive, rows[start:end])
-            alive = self._left(alive)
+        alive, heats = list(raced), list(zip([0, *self.ends], self.ends, strict=False))
+        for start, end in track(heats, "racing repairs", self.show):
+            if alive and not (end == self.ends[-1] and self._decided(raced)):
+                self._heat(alive, self.rows[start:end])
+                alive = self._left(alive)
         self._beside(raced)
-        return [c for c in raced if c.values]
+        return raced
+
+    def _decided(self, raced: list[Candidate]) -> bool:
+        """Whether some candidate is an improvement beyond chance already."""
+        seen = [(*self.judged(c), len(c), self.chance(c)) for c in raced]
+        bounds = upper_bounds(*map(np.array, zip(*seen, strict=True)))
+        return bool((bounds < -LEAST).any())
 
     def _left(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that are not clearly worse than the checkpoint, nor clearly no better by LEAST: the
@@ -165,14 +176,25 @@ class Search:
         clean = np.concatenate(self.clean)[: len(values)]
         return paired(values - clean, np.concatenate(self.tokens)[: len(values)])
 
+    def chance(self, candidate: Candidate) -> float:
+        """Of signed ranks like those of its rows' changes, were these symmetric around 0."""
+        from scipy.stats import wilcoxon
+
+        values = np.concatenate(candidate.values)
+        clean, tokens = (np.concatenate(x)[: len(values)] for x in (self.clean, self.tokens))
+        differences = (values - clean) / tokens
+        if not differences.any() or not np.isfinite(differences).all():
+            return 1.0
+        return float(wilcoxon(differences, alternative="less").pvalue)
+
     def _beside(self, raced: list[Candidate]) -> None:
         """Run the model without the sublayers whose repair seems to help on the same rows: what
         names a fault must beat that.
         """
         rows = self.rows
-        better = [c for c in raced if c.layer is not None and self.judged(c)[0] < 0]
-        last = [c for c in better if sum(map(len, c.values)) == len(rows)]
-        needed = {(c.layer, part) for c in last if (part := KINDS[c.kind].part) in SUBLAYERS}
+        last = [c for c in raced if c.layer is not None and len(c) == sum(map(len, self.tokens))]
+        better = [c for c in last if self.judged(c)[0] < -LEAST]
+        needed = {(c.layer, part) for c in better if (part := KINDS[c.kind].part) in SUBLAYERS}
         again = []
         for layer, part in sorted(needed):
             name = f"without {part}"
@@ -183,7 +205,7 @@ class Search:
             again += own
         start = 0
         for tokens in self.tokens:
-            lacking = [c for c in again if sum(map(len, c.values)) == start]
+            lacking = [c for c in again if len(c) == start]
             if lacking:
                 self._run_blocks(lacking, rows[start : start + len(tokens)])
             start += len(tokens)
@@ -465,8 +487,6 @@ def measure_neighbours(
     token, error (its standard error), rows, tokens, chance (of its signed ranks by Wilcoxon); and
     what is said of them.
     """
-    from scipy.stats import wilcoxon
-
     if isinstance(text, str):
         return ({}, {"neighbours": text}), {}
     if model.seen.between:
@@ -477,21 +497,16 @@ def measure_neighbours(
     arrays: dict[str, list[float]] = defaultdict(list)
     kept = []
     for candidate in raced:
-        values = np.concatenate(candidate.values)
-        if not np.isfinite(values).all():
-            continue
-        kept.append(candidate)
-        differences = values - clean[: len(values)]
         change, error = search.judged(candidate)
-        chance = 1.0
-        if differences.any():
-            chance = float(wilcoxon(differences / tokens[: len(values)], alternative="less").pvalue)
+        if not np.isfinite([change, error]).all():
+            continue  # a configuration that transformers cannot build
+        kept.append(candidate)
         arrays["layer"].append(-1 if candidate.layer is None else candidate.layer)
         arrays["change"].append(change)
         arrays["error"].append(error)
-        arrays["rows"].append(len(values))
-        arrays["tokens"].append(tokens[: len(values)].sum())
-        arrays["chance"].append(chance)
+        arrays["rows"].append(len(candidate))
+        arrays["tokens"].append(tokens[: len(candidate)].sum())
+        arrays["chance"].append(search.chance(candidate))
     counted = unigram_loss([np.array(row) for row in search.rows])
     passes = search.spent / ((model.n_layers + search.head) * sum(map(len, prompts.rows)))
     said = {

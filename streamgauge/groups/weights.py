@@ -41,8 +41,8 @@ def reset_gains(model: Blockwise) -> list[str] | None:
     """Norms whose gain is one constant although the same norm's of other layers are not: a line
     each.
 
-    Every norm in a block counts, wherever it stands. None where no gain varies, as before training
-    and in norms without parameters.
+    Every norm in a block counts, wherever it stands, and the one behind the last. None where no
+    gain varies, as before training and in norms without parameters.
     """
     gains: dict[str, dict[int, np.ndarray]] = {}
     for layer, block in enumerate(model.blocks):
@@ -52,11 +52,19 @@ def reset_gains(model: Blockwise) -> list[str] | None:
                 gains.setdefault(path, {})[layer] = gain.detach().float().cpu().numpy()
     resets: list[str] | None = None
     for path, by_layer in gains.items():
-        constant = [n for n, g in by_layer.items() if np.ptp(g) <= GAIN_ROUNDING * np.abs(g).max()]
+        constant = [n for n, gain in by_layer.items() if _is_constant(gain)]
         if len(constant) < len(by_layer):
             lines = [f"layer {layer}: the gain of {path} is constant" for layer in constant]
             resets = (resets or []) + lines
+    behind: Any = None if model.ln_final is None else model.ln_final._parameters.get("weight")
+    last = np.zeros(1) if behind is None else behind.detach().float().cpu().numpy()
+    if resets is not None and last.size > 1 and _is_constant(last):
+        resets.append(f"behind the last layer: the gain of {model.seen.ln_final} is constant")
     return resets
+
+
+def _is_constant(gain: np.ndarray) -> bool:
+    return bool(np.ptp(gain) <= GAIN_ROUNDING * np.abs(gain).max())
 
 
 class WeightsGroup:

@@ -10,6 +10,7 @@ import numpy as np
 from streamgauge.numerics.student_t import quantile
 
 FALSE_ALARM = 1e-3  # of a whole search: the chance that a sound checkpoint is called faulty
+LOOKS = 2  # how often a candidate may be tested: after a third of the rows, and after the last
 LEAST = 0.01  # nats a token by which a change must lower the loss to be looked for
 NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
@@ -109,10 +110,12 @@ KINDS |= {
 
 def paired(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     """Mean change a token and its standard error, nats, from sums of differences by row and how
-    many tokens each row has; the error is infinite where one row tells none.
+    many tokens each row has; both are infinite where a row's is, and the error where there is one
+    row.
     """
-    each = differences / tokens.mean()
-    n = len(each)
+    each, n = differences / tokens.mean(), len(differences)
+    if not np.isfinite(each).all():
+        return np.inf, np.inf
     error = float(each.std(ddof=1) / n**0.5) if n > 1 else np.inf
     return float(each.mean()), error
 
@@ -127,12 +130,13 @@ def upper_bounds(
     probability of the same signed ranks where the change is symmetric around 0 (Wilcoxon 1945).
     Bounds take means over rows for normal. Where ranks, which take nothing for normal, do not rule
     out 0, a bound is 0 or above: few rows of heavy tails make no improvement. The number of
-    candidates is that of all that were raced; which these are does not depend on the rows that they
-    are raced on, and one that is dropped before the last row loses its chance to be wrong.
+    candidates is that of all that were raced, which does not depend on the rows that they are raced
+    on; one that is dropped early loses its chance to be wrong, and LOOKS shares of FALSE_ALARM pay
+    for testing the others more than once.
     """
     if not len(change):
         return np.zeros(0)
-    level = FALSE_ALARM / len(change)
+    level = FALSE_ALARM / LOOKS / len(change)
     factors = {n: quantile(1 - level, n - 1) for n in map(int, np.unique(rows)) if n > 1}
     bounds = change + np.array([factors.get(int(n), np.inf) for n in rows]) * error
     certain: np.ndarray = np.where(chance < level, bounds, np.maximum(bounds, 0.0))
