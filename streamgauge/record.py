@@ -120,8 +120,7 @@ neighbours/change, error          (n_raced,)             mean change of the loss
                                                          error, nats a token
 neighbours/rows, tokens           (n_raced,)             rows of text and predicted tokens that it
                                                          was raced on
-neighbours/chance                 (n_raced,)             of signed ranks like those of the rows'
-                                                         changes, were these symmetric around 0
+neighbours/skew                   (n_raced,)             skewness of the rows' changes
 padding/resid                     (n_layers+1, n_pad)    norms of the stream at padding positions
                                                          behind texts, no mask
 ================================  =====================  =========================================
@@ -169,7 +168,7 @@ OTHERS = {
     "sketch": "parameters norms W_Q W_K W_V W_O",
     "prediction": "token loss is_last entropy first later_changes row_sum_error future_weight",
     "rounding": "resid attn_out mlp_out loss",
-    "neighbours": "layer change error rows tokens chance",
+    "neighbours": "layer change error skew rows tokens",
     "horizon": "k clean_loss tokens loss.dropped.recomputed.mean.everywhere",
     "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size "
     "mlp_kl mlp_loss mlp_frozen_kl "

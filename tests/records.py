@@ -117,8 +117,9 @@ def sound_record(
             "loss": 3.0,
             "unigram_loss": 5.0,
             "tokens": 3810,
-            "screened": 40,
+            "tried": dict.fromkeys(REPAIRS, 8),
             "passes": 20.0,
+            "slopes": {},
         },
         "config": {"n_head": N_HEADS, "activation": "gelu"},
         "parameters": [
@@ -204,7 +205,7 @@ def _repairs() -> dict[str, np.ndarray]:
         "error": np.full(n, 0.01),
         "rows": np.full(n, 60, np.int32),
         "tokens": np.full(n, 3810, np.int32),
-        "chance": np.full(n, 0.9),
+        "skew": np.full(n, 0.5),
     }
 
 

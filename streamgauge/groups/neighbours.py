@@ -9,7 +9,7 @@ rows for all, twice as many for the better half of those that are not clearly wo
 """
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,7 +31,7 @@ from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
 from streamgauge.engine.variants import Variant, in_place, logits_of, variants_of
 from streamgauge.errors import CheckpointError
-from streamgauge.numerics.neighbours import KINDS, LEAST, paired, upper_bounds
+from streamgauge.numerics.neighbours import KINDS, LEAST, findings, paired, upper_bounds
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
 from streamgauge.progress import track
@@ -48,6 +48,7 @@ FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
 FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for
 CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 2.0  # standard errors
+SLOPE_ROWS = 24
 STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
 LOGITS = 2**24  # numbers held at once of a whole model's
 SUBLAYERS = ("attn", "mlp")
@@ -113,14 +114,15 @@ def text_for(
 class Search:
     """Candidates on their way: screened, then raced.
 
-    spent: tokens times blocks that were run, a block with gradients for three. screened, raced: how
-    many candidates were.
+    spent: tokens times blocks that were run, a block with gradients for three. tried: by kind how
+    many candidates there were.
     """
 
     def __init__(self, model: Blockwise, text: Text, *, to_the_end: bool, show: bool) -> None:
         self.model, self.text, self.to_the_end, self.show = model, text, to_the_end, show
         self.config = model.mapped.model.config.get_text_config()
-        self.spent = self.screened = 0
+        self.spent = 0.0
+        self.tried: Counter[str] = Counter()
         most = len(text.race)
         self.ends = sorted({max(FIRST_ROWS, most // part) for part in HEATS})
         # Half as long where all candidates are run on them.
@@ -131,16 +133,18 @@ class Search:
         self.tokens: list[np.ndarray] = []
         per_block = sum(model.mapped.stored[name].numel() for name in model.names_in(0))
         self.head = model.unembedding.numel() / per_block  # what the head costs, in blocks
+        self.bytes = (
+            4 * LENGTH * (model.n_layers + 1) * self.config.hidden_size
+        )  # of a row's streams
         self.shares = {kind: self._share(kind) for kind in SUBLAYERS}  # and a sublayer
 
     def run(self) -> list[Candidate]:
         """All candidates that were raced."""
-        found = self._screen()
-        self.screened = len(found)
-        found.sort(key=lambda c: c.promise)
+        found = sorted(self._screen(), key=lambda c: c.promise)
+        variants = [Candidate(v.name, None, v) for v in variants_of(self.model.mapped)]
+        self.tried = Counter(c.kind for c in [*found, *variants])
         if not self.to_the_end:
             found = [c for c in found if c.promise < PROMISING][:FIRST_HEAT]
-        variants = [Candidate(v.name, None, v) for v in variants_of(self.model.mapped)]
         raced = [*found, *variants]
         alive, heats = list(raced), list(zip([0, *self.ends], self.ends, strict=False))
         for start, end in track(heats, "racing repairs", self.show):
@@ -152,15 +156,15 @@ class Search:
 
     def _decided(self, raced: list[Candidate]) -> bool:
         """Whether some candidate is an improvement beyond chance already."""
-        seen = [(*self.judged(c), len(c), self.chance(c)) for c in raced]
-        bounds = upper_bounds(*map(np.array, zip(*seen, strict=True)))
-        return bool((bounds < -LEAST).any())
+        seen = [(*self.judged(c), len(c)) for c in raced]
+        change, error, skew, rows = map(np.array, zip(*seen, strict=True))
+        return bool((upper_bounds(change, error, rows, skew) < -LEAST).any())
 
     def _left(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those that are not clearly worse than the checkpoint, nor clearly no better by LEAST: the
         better half of them, unless all are asked for.
         """
-        seen = [(c, *self.judged(c)) for c in candidates]
+        seen = [(c, *self.judged(c)[:2]) for c in candidates]
         left = [
             (c, m / e)
             for c, m, e in seen
@@ -170,22 +174,45 @@ class Search:
         most = len(left) if self.to_the_end else max(1, len(candidates) // 2)
         return [c for c, _ in left[:most]]
 
-    def judged(self, candidate: Candidate) -> tuple[float, float]:
-        """Mean change of loss, nats a token, and its standard error."""
+    def judged(self, candidate: Candidate) -> tuple[float, float, float]:
+        """Mean change of loss, nats a token, its standard error, and the skewness of rows."""
         values = np.concatenate(candidate.values)
         clean = np.concatenate(self.clean)[: len(values)]
         return paired(values - clean, np.concatenate(self.tokens)[: len(values)])
 
-    def chance(self, candidate: Candidate) -> float:
-        """Of signed ranks like those of its rows' changes, were these symmetric around 0."""
-        from scipy.stats import wilcoxon
-
-        values = np.concatenate(candidate.values)
-        clean, tokens = (np.concatenate(x)[: len(values)] for x in (self.clean, self.tokens))
-        differences = (values - clean) / tokens
-        if not differences.any() or not np.isfinite(differences).all():
-            return 1.0
-        return float(wilcoxon(differences, alternative="less").pvalue)
+    def slope(self, candidate: Candidate) -> float:
+        """How the loss goes on, nats a token, along a change of a block from where that leads to:
+        by as much again as it changes the stream behind it.
+        """
+        model, layer = self.model, candidate.layer
+        assert layer is not None
+        rows = self.rows[self.ends[0] :][: min(SLOPE_ROWS, max(FIRST_ROWS, STREAMS // self.bytes))]
+        ids, counted = _padded(rows, model.device)
+        batch = model.enter(ids)
+        exchanged = candidate.kind == "layers exchanged"
+        behind = layer + (2 if exchanged else 1)
+        for n in range(layer):
+            with model.held(n):
+                model.step(batch, n)
+        lane = Batch(ids, batch.stream.clone(), None, batch.calls)
+        with model.held(layer):
+            if exchanged:
+                lane.stream = self._exchanged(layer, batch, batch.stream)
+            else:
+                self._start(candidate, lane, layer)
+        for n in range(layer, behind):
+            with model.held(n):
+                model.step(batch, n)
+        changed = [lane.stream.clone()]
+        for n in range(behind, model.n_layers):
+            with model.held(n):
+                changed.append(model.step(lane, n).clone())
+        gradient = loss_gradient(model, ids, changed[-1], counted)
+        for n in reversed(range(behind, model.n_layers)):
+            with model.held(n):
+                gradient, _ = through_block(model, n, lane, changed[n - behind], gradient)
+        self._spend(ids, 4 * model.n_layers)
+        return float(((changed[0] - batch.stream) * gradient).double().sum() / counted.sum())
 
     def _beside(self, raced: list[Candidate]) -> None:
         """Run the model without the sublayers whose repair seems to help on the same rows: what
@@ -223,8 +250,7 @@ class Search:
         import torch
 
         model = self.model
-        row = 4 * LENGTH * (model.n_layers + 1) * self.config.hidden_size  # bytes
-        rows = self.text.screen[: max(4, STREAMS // row)]
+        rows = self.text.screen[: max(FIRST_ROWS, STREAMS // self.bytes)]
         ids, counted = _padded(rows, model.device)
         batch = model.enter(ids)
         streams = [batch.stream.clone()]
@@ -258,7 +284,7 @@ class Search:
         """
         if layer == 0:
             return -np.inf
-        mean, error = paired(delta.cpu().numpy(), np.ones(len(delta)))
+        mean, error, _ = paired(delta.cpu().numpy(), np.ones(len(delta)))
         return mean / error if error else 0.0
 
     def _changed(
@@ -497,7 +523,7 @@ def measure_neighbours(
     arrays: dict[str, list[float]] = defaultdict(list)
     kept = []
     for candidate in raced:
-        change, error = search.judged(candidate)
+        change, error, skew = search.judged(candidate)
         if not np.isfinite([change, error]).all():
             continue  # a configuration that transformers cannot build
         kept.append(candidate)
@@ -506,7 +532,7 @@ def measure_neighbours(
         arrays["error"].append(error)
         arrays["rows"].append(len(candidate))
         arrays["tokens"].append(tokens[: len(candidate)].sum())
-        arrays["chance"].append(search.chance(candidate))
+        arrays["skew"].append(skew)
     counted = unigram_loss([np.array(row) for row in search.rows])
     passes = search.spent / ((model.n_layers + search.head) * sum(map(len, prompts.rows)))
     said = {
@@ -516,9 +542,24 @@ def measure_neighbours(
         "loss": float(clean.sum() / tokens.sum()),
         "unigram_loss": float(counted.mean()),
         "tokens": int(tokens.sum()),
-        "screened": search.screened,
+        "tried": dict(sorted(search.tried.items())),
         "passes": round(passes, 1),
     }
     counts = ("layer", "rows", "tokens")
     typed = {n: np.array(a, np.int32 if n in counts else float) for n, a in arrays.items()}
+    said["slopes"] = _slopes(search, kept, typed)
     return (typed, {}), said
+
+
+def _slopes(
+    search: Search, raced: list[Candidate], arrays: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """By number the slope of what lowers the loss most beyond chance, where that is a repair of a
+    block.
+    """
+    names = ("change", "error", "rows", "skew")
+    bounds = upper_bounds(*(arrays[name] for name in names))
+    kinds = [candidate.kind for candidate in raced]
+    found = findings(kinds, arrays["layer"], arrays["change"], bounds < -LEAST)
+    best = [n for n in found[:1] if raced[n].layer is not None and KINDS[kinds[n]].fault]
+    return {str(n): search.slope(raced[n]) for n in best}
