@@ -119,7 +119,7 @@ def sound_record(
             "tokens": 3810,
             "tried": dict.fromkeys(REPAIRS, 8),
             "passes": 20.0,
-            "slopes": {},
+            "first": {},
         },
         "config": {"n_head": N_HEADS, "activation": "gelu"},
         "parameters": [

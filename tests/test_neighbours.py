@@ -19,7 +19,14 @@ from streamgauge.engine.variants import in_place, logits_of, variants_of
 from streamgauge.groups import neighbours
 from streamgauge.groups.neighbours import Search, Text, measure_neighbours
 from streamgauge.numerics import neighbours as numerics
-from streamgauge.numerics.neighbours import KINDS, cause, findings, said, upper_bounds
+from streamgauge.numerics.neighbours import (
+    KINDS,
+    cause,
+    findings,
+    is_foreign,
+    said,
+    upper_bounds,
+)
 from streamgauge.numerics.rows import Prompts
 from tests import faults, models
 from tests.conftest import ROOT, Audit
@@ -329,8 +336,9 @@ def test_what_is_said_of_a_repair() -> None:
         "3,810 tokens)"
     )
     assert cause("W_gate W_in", -0.189, 0.02) == "they are probably exchanged in the file"
-    for kind, slope in (("W_gate W_in", -0.1), ("W_gate W_in", 0.1), ("without mlp", None)):
+    for kind, slope in (("W_gate W_in", -0.1), ("W_gate W_in", 0.1), ("without mlp", 0.0)):
         assert "is not known" in cause(kind, -0.189, slope)
+    assert is_foreign(-0.1, 1.3) and not is_foreign(-0.1, 0.9) and not is_foreign(-6.0, 1.3)
     assert said("config.json with n_head 4", -1, -1, 0.1, 9).startswith("the whole model: with")
 
 
@@ -369,8 +377,18 @@ def test_an_untrained_model_has_nothing_to_spoil(audit: Auditing, tmp_path: Path
     for tensor_name, tensor in files.tensors.items():
         if tensor.dim() > 1:
             files.tensors[tensor_name] = 0.02 * torch.randn(tensor.shape, generator=generator)
-    row = audit("--model", files.write(tmp_path / "random"), laws=LAW).rows[0]
+    random = files.write(tmp_path / "random")
+    row = audit("--model", random, laws=LAW).rows[0]
     assert row["outcome"] == "not_applicable" and "no better than counting tokens" in row["reason"]
+
+
+def test_text_of_another_kind_raises_no_alarm(audit: Auditing, tmp_path: Path) -> None:
+    """The bundled model knows Python's documentation; on other English half of its layer 5 does
+    harm.
+    """
+    prompts = ROOT / "streamgauge" / "checkpoints" / "prompts.txt"
+    row = audit("--model", BUNDLED, "--prompts", prompts, laws=LAW).rows[0]
+    assert row["outcome"] == "not_applicable" and "is not of the kind" in row["reason"], row
 
 
 def test_the_search_can_be_left_out(audit: Auditing, tmp_path: Path) -> None:

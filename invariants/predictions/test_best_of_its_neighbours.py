@@ -7,8 +7,9 @@ repair names the fault, unless leaving the sublayer out does better, or the loss
 the repair leads to: then the fault is placed and has no name.
 Source: a trained model lies where its loss is lowest, so that a change that lowers it undoes a
 fault; tried on SmolLM2-135M, of seven faults seven were found and the five that had a repair named.
-Applies to: every model that has a tokenizer and predicts the text better than counting its tokens,
-as it is or repaired. Faults that cost little (a matrix times 1.1: 0.001 nats) are beyond it.
+Applies to: every model that has a tokenizer and text of the kind that it was trained on: that it
+predicts better than counting its tokens, as it is or repaired, and about as well as it expects
+itself. Faults that cost little (a matrix times 1.1: 0.001 nats) are beyond it.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from streamgauge.errors import NotApplicable
 from streamgauge.numerics.bands import Band
-from streamgauge.numerics.neighbours import cause, findings, said, upper_bounds
+from streamgauge.numerics.neighbours import cause, findings, is_foreign, said, upper_bounds
 from streamgauge.record import Record
 
 
@@ -44,9 +45,14 @@ def test_best_of_its_neighbours(record: Record, band: Band, check) -> None:
         said(search["kinds"][n], int(layer[n]), change[n], error[n], tokens[n]) for n in certain
     ]
     if certain:
-        first = certain[0]
-        slope = search["slopes"].get(str(first))
-        lines[0] += f": {cause(search['kinds'][first], change[first], slope)}"
+        first, last = certain[0], search["first"]
+        if is_foreign(change[first], last["excess"]):
+            raise NotApplicable(
+                f"{search['text']} is not of the kind that it was trained on (loss "
+                f"{best:.3f} nats, {last['excess']:.2f} more than it expects itself), so a change "
+                "may lower the loss there by chance; give text of its kind with --prompts"
+            )
+        lines[0] += f": {cause(search['kinds'][first], change[first], last['slope'])}"
     tried = (
         f"{sum(search['tried'].values())} changes, {len(change)} of them raced, on "
         f"{search['tokens']:,} tokens of {search['text']}, loss {search['loss']:.3f}"

@@ -20,6 +20,8 @@ Repair = Callable[[Parts], Values]
 
 
 def _sign(role: str, parts: Parts) -> Values:
+    if role == "W_in" and "W_gate" in parts:
+        return {}  # the same function as with W_out's sign turned
     return {role: -parts[role]} if role in parts else {}
 
 
@@ -33,15 +35,23 @@ def _exchanged(pairs: dict[str, str], parts: Parts) -> Values:
     needed = {*pairs, *pairs.values()}
     if not needed <= parts.places.keys() or len({parts[role].shape for role in needed}) > 1:
         return {}
+    if any(_is_constant(parts[role]) for role in needed):
+        return {}  # a gain that was reset: it is lost, and not in another's place
     biases = {_bias(to): _bias(of) for to, of in pairs.items()}
     if {*biases, *biases.values()} <= parts.places.keys():
         pairs = pairs | biases
     return {to: parts[of] for to, of in pairs.items()}
 
 
+def _is_constant(values: "torch.Tensor") -> bool:
+    return bool(values.min() == values.max())
+
+
 def _gains(one: str, other: str, parts: Parts) -> Values:
     """The gains alone of two norms that have biases as well."""
     if not {one, other, _bias(one), _bias(other)} <= parts.places.keys():
+        return {}
+    if _is_constant(parts[one]) or _is_constant(parts[other]):
         return {}
     return {one: parts[other], other: parts[one]}
 

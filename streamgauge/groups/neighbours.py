@@ -26,6 +26,7 @@ from streamgauge.engine.clean_runs import token_losses
 from streamgauge.engine.forward import Found
 from streamgauge.engine.gradients import loss_gradient, through_block
 from streamgauge.engine.load import context_length
+from streamgauge.engine.mapped import Mapped
 from streamgauge.engine.parts import Parts
 from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
@@ -48,7 +49,7 @@ FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
 FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for
 CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 2.0  # standard errors
-SLOPE_ROWS = 24
+AFTERMATH_ROWS = 24
 STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
 LOGITS = 2**24  # numbers held at once of a whole model's
 SUBLAYERS = ("attn", "mlp")
@@ -180,14 +181,37 @@ class Search:
         clean = np.concatenate(self.clean)[: len(values)]
         return paired(values - clean, np.concatenate(self.tokens)[: len(values)])
 
-    def slope(self, candidate: Candidate) -> float:
-        """How the loss goes on, nats a token, along a change of a block from where that leads to:
-        by as much again as it changes the stream behind it.
+    def aftermath(self, candidate: Candidate) -> tuple[float, float]:
+        """What is left where a change leads to, nats a token: by how much the loss exceeds what the
+        model itself expects it to be, and, for a change of a block, how the loss goes on along it,
+        by as much again as it changes the stream (0 for others).
+        """
+        few = min(AFTERMATH_ROWS, max(FIRST_ROWS, STREAMS // self.bytes))
+        ids, counted = _padded(self.rows[self.ends[0] :][:few], self.model.device)
+        if candidate.variant is not None:
+            with in_place(self.model.mapped, candidate.variant) as changed:
+                parts = self._whole_parts(changed, ids)
+                return _excess(ids, counted, parts), 0.0
+        streams, lane, unchanged = self._along(candidate, ids)
+        model, last = self.model, streams[-1]
+        parts = (model.logits(ids[part], last[part]) for part in model.in_parts(ids))
+        excess = _excess(ids, counted, parts)
+        gradient = loss_gradient(model, ids, last, counted)
+        behind = model.n_layers + 1 - len(streams)
+        for n in reversed(range(behind, model.n_layers)):
+            with model.held(n):
+                gradient, _ = through_block(model, n, lane, streams[n - behind], gradient)
+        self._spend(ids, 4 * model.n_layers)
+        return excess, float(((streams[0] - unchanged) * gradient).double().sum() / counted.sum())
+
+    def _along(
+        self, candidate: Candidate, ids: "torch.Tensor"
+    ) -> "tuple[list[torch.Tensor], Batch, torch.Tensor]":
+        """The streams from where a change of a block ends to behind the last one, what they were
+        computed in, and the first of them without the change.
         """
         model, layer = self.model, candidate.layer
         assert layer is not None
-        rows = self.rows[self.ends[0] :][: min(SLOPE_ROWS, max(FIRST_ROWS, STREAMS // self.bytes))]
-        ids, counted = _padded(rows, model.device)
         batch = model.enter(ids)
         exchanged = candidate.kind == "layers exchanged"
         behind = layer + (2 if exchanged else 1)
@@ -203,16 +227,11 @@ class Search:
         for n in range(layer, behind):
             with model.held(n):
                 model.step(batch, n)
-        changed = [lane.stream.clone()]
+        streams = [lane.stream.clone()]
         for n in range(behind, model.n_layers):
             with model.held(n):
-                changed.append(model.step(lane, n).clone())
-        gradient = loss_gradient(model, ids, changed[-1], counted)
-        for n in reversed(range(behind, model.n_layers)):
-            with model.held(n):
-                gradient, _ = through_block(model, n, lane, changed[n - behind], gradient)
-        self._spend(ids, 4 * model.n_layers)
-        return float(((changed[0] - batch.stream) * gradient).double().sum() / counted.sum())
+                streams.append(model.step(lane, n).clone())
+        return streams, lane, batch.stream
 
     def _beside(self, raced: list[Candidate]) -> None:
         """Run the model without the sublayers whose repair seems to help on the same rows: what
@@ -462,18 +481,25 @@ class Search:
 
         self._spend(ids, self.model.n_layers + self.head)
         try:
-            sums, size = [], max(1, LOGITS // (len(self.model.unembedding) * ids.shape[1]))
+            losses = []
             with in_place(self.model.mapped, variant) as changed:
-                for some, count in zip(ids.split(size), counted.split(size), strict=True):
-                    logits = logits_of(changed, some)[:, :-1].flatten(0, 1)
-                    losses = torch.nn.functional.cross_entropy(
-                        logits, some[:, 1:].flatten(), reduction="none"
+                start = 0
+                for logits in self._whole_parts(changed, ids):
+                    some = ids[start : start + len(logits)]
+                    start += len(logits)
+                    own = torch.nn.functional.cross_entropy(
+                        logits[:, :-1].flatten(0, 1), some[:, 1:].flatten(), reduction="none"
                     )
-                    sums.append((losses.view(count.shape).double() * count).sum(1))
-            found: np.ndarray = torch.cat(sums).cpu().numpy()
+                    losses.append(own.view(len(some), -1))
+            found: np.ndarray = (torch.cat(losses).double() * counted).sum(1).cpu().numpy()
         except (CheckpointError, RuntimeError, ValueError):
             return np.full(len(ids), np.inf)
         return found
+
+    def _whole_parts(self, changed: Mapped, ids: "torch.Tensor") -> "Iterator[torch.Tensor]":
+        """Logits of a changed model, some rows at a time."""
+        size = max(1, LOGITS // (len(self.model.unembedding) * ids.shape[1]))
+        return (logits_of(changed, some) for some in ids.split(size))
 
     def _spend(self, ids: "torch.Tensor", blocks: float) -> None:
         self.spent += ids.numel() * blocks
@@ -490,6 +516,19 @@ def _padded(rows: list[list[int]], device: Any) -> "tuple[torch.Tensor, torch.Te
     ends = torch.tensor([len(row) for row in rows], device=device)
     counted = torch.arange(1, length, device=device)[None] < ends[:, None]
     return ids, counted.float()
+
+
+def _excess(ids: "torch.Tensor", counted: "torch.Tensor", parts: "Iterator[torch.Tensor]") -> float:
+    """By how much the mean loss exceeds the mean entropy of what is predicted, nats a token."""
+    import torch
+
+    found: list[torch.Tensor] = []
+    for logits in parts:
+        some = ids[len(found) : len(found) + len(logits)]
+        log_odds = logits[:, :-1].log_softmax(-1)
+        loss = -log_odds.gather(-1, some[:, 1:, None])[..., 0]
+        found += list(loss + (log_odds.exp() * log_odds).sum(-1))
+    return float((torch.stack(found) * counted).double().sum() / counted.sum())
 
 
 def _nothing(module: Any, args: Any, output: Any) -> Any:
@@ -547,19 +586,20 @@ def measure_neighbours(
     }
     counts = ("layer", "rows", "tokens")
     typed = {n: np.array(a, np.int32 if n in counts else float) for n, a in arrays.items()}
-    said["slopes"] = _slopes(search, kept, typed)
+    said["first"] = _first(search, kept, typed)
     return (typed, {}), said
 
 
-def _slopes(
+def _first(
     search: Search, raced: list[Candidate], arrays: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """By number the slope of what lowers the loss most beyond chance, where that is a repair of a
-    block.
+    """Of what lowers the loss most beyond chance its number, excess and slope; nothing where there
+    is none.
     """
-    names = ("change", "error", "rows", "skew")
-    bounds = upper_bounds(*(arrays[name] for name in names))
+    bounds = upper_bounds(*(arrays[name] for name in ("change", "error", "rows", "skew")))
     kinds = [candidate.kind for candidate in raced]
     found = findings(kinds, arrays["layer"], arrays["change"], bounds < -LEAST)
-    best = [n for n in found[:1] if raced[n].layer is not None and KINDS[kinds[n]].fault]
-    return {str(n): search.slope(raced[n]) for n in best}
+    if not found:
+        return {}
+    excess, slope = search.aftermath(raced[found[0]])
+    return {"number": found[0], "excess": excess, "slope": slope}
