@@ -44,7 +44,7 @@ def audit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Au
     run the suite on it in this process, with a store and a report of the test's own.
     """
 
-    def run(*arguments: object, laws: str = "invariants") -> Audit:
+    def run(*arguments: object, laws: str = "invariants", neighbours: str | None = "none") -> Audit:
         report = tmp_path / "report"
         (report / "rows.jsonl").unlink(missing_ok=True)
         own = [
@@ -56,6 +56,7 @@ def audit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Au
             "no:cacheprovider",
             "-c",
             str(ROOT / "pyproject.toml"),
+            *(["--neighbours", neighbours] if neighbours else []),
         ]
         capfd.readouterr()
         code = pytest.main([str(ROOT / laws), *own, *map(str, arguments)])

@@ -406,7 +406,7 @@ class Verdict:
 def compare_with(old: Record, folder: Path) -> Verdict:
     """Measure a folder on the baseline's prompts, and compare."""
     try:
-        new = streamgauge.measure(folder, rows=rows_to_share(old))
+        new = streamgauge.measure(folder, rows=rows_to_share(old), neighbours="none")
     except StreamgaugeError as error:
         return Verdict(True, str(error))
     broken = [line for lines in new.integrity.values() for line in lines]

@@ -356,21 +356,21 @@ def test_a_fault_is_found_and_named_without_a_baseline(
     layer, words = FOUND[name]
     files = faults.Files(BUNDLED, layer)
     next(fault for fault in faults.FAULTS if fault.name == name).change(files)
-    found = audit("--model", files.write(tmp_path / "faulty"), laws=LAW)
+    found = audit("--model", files.write(tmp_path / "faulty"), laws=LAW, neighbours=None)
     row = found.rows[0]
     assert found.exit == 1 and row["outcome"] == "fail" and words in row["reason"]
     assert "probably" in row["reason"] and row["value"] < -0.01
 
 
 def test_a_sound_checkpoint_has_no_better_neighbour(audit: Auditing) -> None:
-    found = audit("--model", BUNDLED, laws=LAW)
+    found = audit("--model", BUNDLED, laws=LAW, neighbours=None)
     assert found.exit == 0 and found.rows[0]["outcome"] == "pass"
 
 
 def test_an_untrained_model_has_nothing_to_spoil(audit: Auditing, tmp_path: Path) -> None:
     model = models.gpt2(n_layers=2)
     folder = models.save(model, tmp_path / "untrained")
-    row = audit("--model", folder, laws=LAW).rows[0]
+    row = audit("--model", folder, laws=LAW, neighbours=None).rows[0]
     assert row["outcome"] == "not_applicable" and "no text that it was trained for" in row["reason"]
     files = faults.Files(BUNDLED)
     generator = torch.Generator().manual_seed(0)
@@ -378,7 +378,7 @@ def test_an_untrained_model_has_nothing_to_spoil(audit: Auditing, tmp_path: Path
         if tensor.dim() > 1:
             files.tensors[tensor_name] = 0.02 * torch.randn(tensor.shape, generator=generator)
     random = files.write(tmp_path / "random")
-    row = audit("--model", random, laws=LAW).rows[0]
+    row = audit("--model", random, laws=LAW, neighbours=None).rows[0]
     assert row["outcome"] == "not_applicable" and "no better than counting tokens" in row["reason"]
 
 
@@ -387,11 +387,11 @@ def test_text_of_another_kind_raises_no_alarm(audit: Auditing, tmp_path: Path) -
     harm.
     """
     prompts = ROOT / "streamgauge" / "checkpoints" / "prompts.txt"
-    row = audit("--model", BUNDLED, "--prompts", prompts, laws=LAW).rows[0]
+    row = audit("--model", BUNDLED, "--prompts", prompts, laws=LAW, neighbours=None).rows[0]
     assert row["outcome"] == "not_applicable" and "is not of the kind" in row["reason"], row
 
 
 def test_the_search_can_be_left_out(audit: Auditing, tmp_path: Path) -> None:
     folder = shutil.copytree(BUNDLED, tmp_path / "copy")
-    row = audit("--model", folder, "--neighbours", "none", laws=LAW).rows[0]
+    row = audit("--model", folder, laws=LAW).rows[0]
     assert row["outcome"] == "not_applicable" and "--neighbours none" in row["reason"]

@@ -44,7 +44,7 @@ def test_best_of_its_neighbours(record: Record, band: Band, check) -> None:
     lines = [
         said(search["kinds"][n], int(layer[n]), change[n], error[n], tokens[n]) for n in certain
     ]
-    if certain:
+    if certain and search["first"]:
         first, last = certain[0], search["first"]
         if is_foreign(change[first], last["excess"]):
             raise NotApplicable(

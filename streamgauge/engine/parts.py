@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.anatomy import Anatomy
 from streamgauge.engine.layout import probe_norm
 
@@ -102,8 +103,11 @@ class Parts:
         for role in ("W_Q", "W_K", "W_V"):
             if role in found:
                 self._put(role, found[role][1])
-        heads = int(getattr(config, "num_attention_heads", 0) or 1)
-        d_head = int(getattr(config, "head_dim", 0) or config.hidden_size // heads)
+        try:
+            heads = int(getattr(config, "num_attention_heads", 0) or 1)
+            d_head = int(getattr(config, "head_dim", 0) or config.hidden_size // heads)
+        except strange():
+            return  # layers differ, and the configuration says so
         n_heads, rest = divmod(self["W_O"].shape[1], d_head)
         if rest:
             return

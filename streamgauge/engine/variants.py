@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.bridge import without_memory
 from streamgauge.engine.mapped import Change, Mapped
 from streamgauge.engine.probe import quiet
@@ -78,11 +79,10 @@ def _usual(config: Any) -> Iterator[dict[str, Any]]:
             same = SAME.get(own, own) if isinstance(own, str) else own
             if value != same:
                 yield {name: value}
-    head = getattr(config, "head_dim", None)
-    if getattr(config, "query_pre_attn_scalar", None) and head:
-        for value in {head, config.hidden_size // config.num_attention_heads}:
-            if value != config.query_pre_attn_scalar:
-                yield {"query_pre_attn_scalar": value}
+    own = getattr(config, "query_pre_attn_scalar", None)
+    value = config.hidden_size // config.num_attention_heads if own else None
+    if own != value:
+        yield {"query_pre_attn_scalar": value}
 
 
 def _rope(config: Any) -> Iterator[dict[str, Any]]:
@@ -101,12 +101,15 @@ def _rope(config: Any) -> Iterator[dict[str, Any]]:
 
 def _heads(config: Any) -> Iterator[dict[str, Any]]:
     """Twice as many heads half as wide, and the other way round."""
-    heads = getattr(config, "num_attention_heads", None)
+    try:
+        heads = getattr(config, "num_attention_heads", None) or 0
+        width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+        groups = getattr(config, "num_key_value_heads", None)
+    except strange():
+        return  # layers differ, and the configuration says so
     if not heads:
         return
     own = "n_head" if hasattr(config, "n_head") else "num_attention_heads"
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None)
     for double in (True, False):
         if (width if double else heads) % 2 or (groups and not double and groups % 2):
             continue
@@ -187,12 +190,12 @@ def in_place(mapped: Mapped, variant: Variant) -> Iterator[Mapped]:
 def _skeleton_with(mapped: Mapped, entries: dict[str, Any]) -> Mapped:
     plain = mapped.model
     config = copy.deepcopy(plain.config)
-    for name, value in entries.items():
-        setattr(config.get_text_config(), name, value)
     try:
+        for name, value in entries.items():
+            setattr(config.get_text_config(), name, value)
         with without_memory():
             skeleton = type(plain)._from_config(config, attn_implementation="eager").eval()
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except strange() as error:
         raise CheckpointError(str(error)) from error
     kept = plain.state_dict(keep_vars=True)
     for name, buffer in plain.named_buffers():

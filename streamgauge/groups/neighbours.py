@@ -20,6 +20,7 @@ import numpy as np
 from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.checkpoints.ordinary_text import ordinary_text
 from streamgauge.checkpoints.prompts import tokenise
+from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.anatomy import first
 from streamgauge.engine.blockwise import Batch, Blockwise, grouped
 from streamgauge.engine.clean_runs import token_losses
@@ -31,7 +32,7 @@ from streamgauge.engine.parts import Parts
 from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
 from streamgauge.engine.variants import Variant, in_place, logits_of, variants_of
-from streamgauge.errors import CheckpointError
+from streamgauge.errors import CheckpointError, first_line
 from streamgauge.numerics.neighbours import KINDS, LEAST, findings, paired, upper_bounds
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
@@ -187,7 +188,7 @@ class Search:
         by as much again as it changes the stream (0 for others).
         """
         few = min(AFTERMATH_ROWS, max(FIRST_ROWS, STREAMS // self.bytes))
-        ids, counted = _padded(self.rows[self.ends[0] :][:few], self.model.device)
+        ids, counted = padded(self.rows[self.ends[0] :][:few], self.model.device)
         if candidate.variant is not None:
             with in_place(self.model.mapped, candidate.variant) as changed:
                 parts = self._whole_parts(changed, ids)
@@ -270,7 +271,7 @@ class Search:
 
         model = self.model
         rows = self.text.screen[: max(FIRST_ROWS, STREAMS // self.bytes)]
-        ids, counted = _padded(rows, model.device)
+        ids, counted = padded(rows, model.device)
         batch = model.enter(ids)
         streams = [batch.stream.clone()]
         for layer in range(model.n_layers):
@@ -412,7 +413,7 @@ class Search:
 
     def _heat(self, candidates: Sequence[Candidate], rows: list[list[int]]) -> None:
         """Run the checkpoint and all candidates on more rows."""
-        ids, counted = _padded(rows, self.model.device)
+        ids, counted = padded(rows, self.model.device)
         self.tokens.append(counted.sum(1).double().cpu().numpy())
         self.clean.append(self._run_blocks([c for c in candidates if c.variant is None], rows))
         for candidate in candidates:
@@ -424,7 +425,7 @@ class Search:
         the checkpoint's own losses, summed by row.
         """
         model = self.model
-        ids, counted = _padded(rows, model.device)
+        ids, counted = padded(rows, model.device)
         clean = model.enter(ids)
         lanes: dict[Candidate, Batch] = {}
         starting: dict[int | None, list[Candidate]] = defaultdict(list)
@@ -492,7 +493,7 @@ class Search:
                     )
                     losses.append(own.view(len(some), -1))
             found: np.ndarray = (torch.cat(losses).double() * counted).sum(1).cpu().numpy()
-        except (CheckpointError, RuntimeError, ValueError):
+        except strange(CheckpointError):
             return np.full(len(ids), np.inf)
         return found
 
@@ -505,7 +506,7 @@ class Search:
         self.spent += ids.numel() * blocks
 
 
-def _padded(rows: list[list[int]], device: Any) -> "tuple[torch.Tensor, torch.Tensor]":
+def padded(rows: list[list[int]], device: Any) -> "tuple[torch.Tensor, torch.Tensor]":
     """Rows filled up to one length behind their ends, which nothing before them reads; and which
     next tokens are theirs, (rows, positions - 1).
     """
@@ -557,7 +558,11 @@ def measure_neighbours(
     if model.seen.between:
         return ({}, {"neighbours": BETWEEN}), {}
     search = Search(model, text, to_the_end=to_the_end, show=show)
-    raced = search.run()
+    try:
+        raced = search.run()
+    except strange(NotImplementedError) as trouble:  # what blocks raise that have no gradients
+        why = f"{type(trouble).__name__}: {first_line(trouble)}"
+        return ({}, {"neighbours": f"changes cannot be tried on blocks of this kind ({why})"}), {}
     clean, tokens = np.concatenate(search.clean), np.concatenate(search.tokens)
     arrays: dict[str, list[float]] = defaultdict(list)
     kept = []

@@ -62,10 +62,11 @@ def subjects(folder: Path) -> dict[str, Path]:
     return found
 
 
-def failing(folder: Path, scratch: Path) -> set[str]:
+def failing(folder: Path, scratch: Path, *more: str) -> set[str]:
     """The laws that fail, or cannot be measured, in an audit of a folder by itself."""
     report = scratch / "report"
     options = ["--model", str(folder), "--report", str(report), "--store", str(scratch / "store")]
+    options += more
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pytest.main(
             [
