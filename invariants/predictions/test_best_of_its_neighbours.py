@@ -52,7 +52,12 @@ def test_best_of_its_neighbours(record: Record, band: Band, check) -> None:
                 f"{best:.3f} nats, {last['excess']:.2f} more than it expects itself), so a change "
                 "may lower the loss there by chance; give text of its kind with --prompts"
             )
-        lines[0] += f": {cause(search['kinds'][first], change[first], last['slope'])}"
+        other = next((line for lines in record.integrity.values() for line in lines), None)
+        lines[0] += ": " + (
+            f"the file has another fault, which may be the cause ({other})"
+            if other
+            else cause(search["kinds"][first], change[first], last["slope"])
+        )
     tried = (
         f"{sum(search['tried'].values())} changes, {len(change)} of them raced, on "
         f"{search['tokens']:,} tokens of {search['text']}, loss {search['loss']:.3f}"

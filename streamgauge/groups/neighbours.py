@@ -50,6 +50,7 @@ FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
 FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for
 CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 2.0  # standard errors
+ALSO = 3  # changes of a block that are tried once more where one seems to help
 AFTERMATH_ROWS = 24
 STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
 LOGITS = 2**24  # numbers held at once of a whole model's
@@ -142,7 +143,7 @@ class Search:
 
     def run(self) -> list[Candidate]:
         """All candidates that were raced."""
-        found = sorted(self._screen(), key=lambda c: c.promise)
+        found = screened = sorted(self._screen(), key=lambda c: c.promise)
         variants = [Candidate(v.name, None, v) for v in variants_of(self.model.mapped)]
         self.tried = Counter(c.kind for c in [*found, *variants])
         if not self.to_the_end:
@@ -153,7 +154,7 @@ class Search:
             if alive and not (end == self.ends[-1] and self._decided(raced)):
                 self._heat(alive, self.rows[start:end])
                 alive = self._left(alive)
-        self._beside(raced)
+        self._beside(raced, screened)
         return raced
 
     def _decided(self, raced: list[Candidate]) -> bool:
@@ -234,27 +235,31 @@ class Search:
                 streams.append(model.step(lane, n).clone())
         return streams, lane, batch.stream
 
-    def _beside(self, raced: list[Candidate]) -> None:
-        """Run the model without the sublayers whose repair seems to help on the same rows: what
-        names a fault must beat that.
+    def _beside(self, raced: list[Candidate], screened: list[Candidate]) -> None:
+        """Where a change of a block seems to help, run what else may be said of that block on the
+        same rows: without its sublayer, and with the best of all its other changes, whatever the
+        screen made of them.
         """
-        rows = self.rows
         last = [c for c in raced if c.layer is not None and len(c) == sum(map(len, self.tokens))]
         better = [c for c in last if self.judged(c)[0] < -LEAST]
-        needed = {(c.layer, part) for c in better if (part := KINDS[c.kind].part) in SUBLAYERS}
-        again = []
-        for layer, part in sorted(needed):
-            name = f"without {part}"
-            own = [c for c in raced if (c.kind, c.layer) == (name, layer)]
-            if not own:
-                own = [Candidate(name, layer)]
-                raced.extend(own)
-            again += own
+        if not better:
+            return
+        best = min(better, key=lambda c: self.judged(c)[0])
+        others = [c for c in screened if c.layer == best.layer and c not in last]
+        self._bring([c for c in others if not len(c)], heats=1)
+        others.sort(key=lambda c: self.judged(c)[0])
+        without = [c for c in others if c.kind == f"without {KINDS[best.kind].part}"]
+        chosen = list(dict.fromkeys([*others[:ALSO], *without]))
+        self._bring(chosen, heats=len(self.tokens))
+        raced += [c for c in others if c not in raced]
+
+    def _bring(self, candidates: list[Candidate], heats: int) -> None:
+        """Run candidates on what they lack of the rows of so many heats."""
         start = 0
-        for tokens in self.tokens:
-            lacking = [c for c in again if len(c) == start]
+        for tokens in self.tokens[:heats]:
+            lacking = [c for c in candidates if len(c) == start]
             if lacking:
-                self._run_blocks(lacking, rows[start : start + len(tokens)])
+                self._run_blocks(lacking, self.rows[start : start + len(tokens)])
             start += len(tokens)
 
     def _share(self, kind: str) -> float:

@@ -102,10 +102,11 @@ def rows_of(folder: Path, prompts: Path | None, scratch: Path) -> Any:
     """One line of the table a fault and layer, and the counts at the end."""
     sound, tokens = losses(folder, prompts)
     n_layers = faults.Files(folder).n_layers
+    options = ["--neighbours", "none"] + (["--prompts", str(prompts)] if prompts else [])
     costly = found = named = 0
     for fault in faults.FAULTS:
         last = n_layers - (2 if "layer" in fault.name and fault.layers else 1)
-        for layer in (n_layers // 10, n_layers // 2, last) if fault.layers else (0,):
+        for layer in sorted({n_layers // 10, n_layers // 2, last}) if fault.layers else (0,):
             files = faults.Files(folder, layer)
             if fault.change(files) is False:
                 continue
@@ -120,7 +121,7 @@ def rows_of(folder: Path, prompts: Path | None, scratch: Path) -> Any:
             right = (right and "is not known" not in words) or "refused" in words
             laws = ""
             if not words.startswith(("layer", "the whole", "refused")):
-                laws = ", ".join(sorted(failing(target, scratch, "--neighbours", "none")))
+                laws = ", ".join(sorted(failing(target, scratch, *options)))
             if cost >= COSTLY or cost != cost:
                 costly += 1
                 found += bool(laws) or not words.startswith("no")

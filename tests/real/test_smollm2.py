@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamgauge.__main__ import main
 from streamgauge.measure import measure
 from streamgauge.record import Record
-from tests import formats
+from tests import faults, formats
 from tests.conftest import ROOT
 
 MEMORY = 1.5e9  # bytes, and three times the largest block
@@ -83,6 +83,16 @@ def test_it_takes_no_more_memory_than_is_said(audited: tuple[list[dict[str, Any]
     assert record.metadata["peak_private_bytes"] < max(MEMORY, 3 * block)
 
 
+def test_no_change_of_it_is_better_and_the_search_is_short(
+    audited: tuple[list[dict[str, Any]], Record],
+) -> None:
+    rows, record = audited
+    (row,) = [row for row in rows if row["law"] == "predictions/best_of_its_neighbours"]
+    search = record.metadata["neighbours"]
+    assert row["outcome"] == "pass" and search["passes"] <= 30
+    assert search["tried"]["W_gate W_in"] == 30 and sum(search["tried"].values()) > 700
+
+
 def test_the_page_is_written(audited: tuple[list[dict[str, Any]], Record], work: Path) -> None:
     page = (work / "report" / "report.html").read_text(encoding="utf-8")
     assert "SmolLM2-135M-Instruct.Q4_1" in page and "dequantised to fp32 by gguf" in page
@@ -109,6 +119,17 @@ def test_the_numbers_are_those_of_what_transformers_makes_of_the_file(
     assert len(compared) > 40
     for name in compared:
         assert np.allclose(record.arrays[name], again.arrays[name], 1e-6, 1e-9, equal_nan=True)
+
+
+def test_a_fault_is_found_and_named_without_a_baseline(plain: Path, work: Path) -> None:
+    files = faults.Files(plain, 12)
+    next(fault for fault in faults.FAULTS if fault.name == "gate for up").change(files)
+    command = [sys.executable, "-m", "pytest", "invariants/predictions"]
+    command += ["--model", str(files.write(work / "gate-for-up")), "--store", str(work / "store")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "layer 12 mlp: with gate and up exchanged the loss is" in done.stdout
+    assert "they are probably exchanged in the file" in done.stdout
 
 
 def test_quantised_once_more_nothing_but_quantisation_is_found(
