@@ -94,7 +94,7 @@ def measure(
     the layer horizon that are tried, `default` or `all` (see `streamgauge.numerics.horizons`).
     tasks: prompt pairs on which heads are patched. precision: only as many prompts as it takes
     until the 95% interval of the growth rate is narrower than this. neighbours: `default`, `all`
-    for every change of the checkpoint that may repair it, run to the end, or `none`. rows: token
+    for every change of the checkpoint that may repair it, or `none`. rows: token
     ids to measure on instead of any text. known: an earlier record of the same checkpoint and
     prompts, whose groups are taken over where they are as this instrument would measure them.
     store: a folder of records, as --store names it: the record of this very checkpoint is taken
