@@ -7,7 +7,7 @@ PARAGRAPH = "\n\n"
 
 def ordinary_text(pieces: int, characters: int) -> tuple[list[str], str]:
     """Pieces of so many characters, spread over the text, each from the start of a paragraph; and
-    what they are. None where this Python came without.
+    what they are; no pieces, and the reason, where this Python came without.
     """
     try:
         from pydoc_data.topics import topics

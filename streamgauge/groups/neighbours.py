@@ -63,7 +63,7 @@ BETWEEN = "the model does something to the stream between its blocks, whose repa
 class Candidate:
     """A change of a layer, or of the whole model where that is None: what was seen of it so far.
 
-    values: of the change of loss by row, summed over tokens.
+    values: losses with the change, summed by row, of each heat; infinite where it cannot be run.
     """
 
     kind: str
@@ -229,11 +229,15 @@ class Search:
         for n in range(layer, behind):
             with model.held(n):
                 model.step(batch, n)
-        streams = [lane.stream.clone()]
-        for n in range(behind, model.n_layers):
-            with model.held(n):
-                streams.append(model.step(lane, n).clone())
-        return streams, lane, batch.stream
+        return self._onward(lane, behind), lane, batch.stream
+
+    def _onward(self, batch: Batch, layer: int) -> "list[torch.Tensor]":
+        """The streams from before a layer to behind the last one."""
+        streams = [batch.stream.clone()]
+        for n in range(layer, self.model.n_layers):
+            with self.model.held(n):
+                streams.append(self.model.step(batch, n).clone())
+        return streams
 
     def _beside(self, raced: list[Candidate], screened: list[Candidate]) -> None:
         """Where a change of a block seems to help, run what else may be said of that block on the
@@ -278,10 +282,7 @@ class Search:
         rows = self.text.screen[: max(FIRST_ROWS, STREAMS // self.bytes)]
         ids, counted = padded(rows, model.device)
         batch = model.enter(ids)
-        streams = [batch.stream.clone()]
-        for layer in range(model.n_layers):
-            with model.held(layer):
-                streams.append(model.step(batch, layer).clone())
+        streams = self._onward(batch, 0)
         gradient = loss_gradient(model, ids, streams[-1], counted)
         self._spend(ids, model.n_layers + 3 * self.head)
         found, later = [], None
@@ -555,8 +556,8 @@ def measure_neighbours(
     show: bool = False,
 ) -> tuple[Found, dict[str, Any]]:
     """Arrays by candidate that was raced: layer (-1 for the whole model), change of loss, nats a
-    token, error (its standard error), rows, tokens, chance (of its signed ranks by Wilcoxon); and
-    what is said of them.
+    token, error (its standard error), skew (of the rows' changes), rows, tokens; and what is said
+    of them.
     """
     if isinstance(text, str):
         return ({}, {"neighbours": text}), {}
