@@ -1,9 +1,10 @@
-"""The command line: `python -m streamgauge laws`, `measure` and `report`.
+"""The command line: `python -m streamgauge laws`, `measure`, `replay`, `diff` and `report`.
 
 Audits themselves are run by pytest.
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from streamgauge.catalogued import location, part
 from streamgauge.errors import RecordError, StreamgaugeError, UnknownModelError
 from streamgauge.laws import laws
+from streamgauge.numerics.draws import LAWS, TWINS, Draw
 
 FAILED, USAGE = 1, 4
 LISTED = 10  # differences of a kind that `diff` prints
@@ -99,6 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     measuring.set_defaults(run=_measure)
 
+    replaying = commands.add_parser(
+        "replay",
+        parents=[instrument],
+        help="put one drawn sequence of tokens to a law again, as a failure's row says",
+    )
+    replaying.add_argument("model", help="a folder, a catalogued name or a hub repository")
+    replaying.add_argument("law", help=f"one of {', '.join(LAWS)}")
+    replaying.add_argument("--tokens", required=True, metavar="IDS", help="as 17,3,3")
+    replaying.add_argument("--kept", type=int, default=1, help="tokens that another text shares")
+    replaying.add_argument("--twin", choices=TWINS, default=TWINS[0], help="what changes places")
+    replaying.add_argument("--seed", type=int, default=0, help="of the permutation")
+    replaying.set_defaults(run=_replay)
+
     comparing = commands.add_parser(
         "diff",
         parents=[instrument],
@@ -168,6 +183,24 @@ def _measure(options: argparse.Namespace) -> None:
     )
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
+
+
+def _replay(options: argparse.Namespace) -> int:
+    if options.law not in LAWS:
+        near = difflib.get_close_matches(options.law, LAWS, n=1, cutoff=0)[0]
+        raise UnknownModelError(f"no law {options.law!r} draws; the nearest is {near}.")
+    try:
+        ids = tuple(int(word) for word in options.tokens.split(","))
+    except ValueError:
+        raise UnknownModelError(f"--tokens {options.tokens!r} is no list as 17,3,3.") from None
+    from streamgauge.checkpoints.files import open_checkpoint
+    from streamgauge.replay import replay
+
+    checkpoint = open_checkpoint(location(options.model), allow_pickle=options.allow_pickle)
+    draw = Draw(ids, options.kept, options.twin, options.seed)
+    ratio, layer = replay(checkpoint, options.law, draw, options.device)
+    print(f"{LAWS[options.law]}: {ratio:.4g} times what rounding explains, layer {layer}")
+    return FAILED if ratio > 1 else 0
 
 
 def _diff(options: argparse.Namespace) -> int:

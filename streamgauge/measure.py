@@ -60,7 +60,9 @@ GROUPS = {
     "prediction": 2,
     "rounding": 3,
     "neighbours": 1,
+    "draws": 1,
 }
+DRAWS = 10  # through the model, unless --hypothesis-profile says otherwise
 
 CONFIG_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -81,6 +83,7 @@ def measure(
     tasks: Sequence[Task] = (),
     precision: float | None = None,
     neighbours: str = "default",
+    draws: int = DRAWS,
     rows: Prompts | None = None,
     groups: Sequence[str] | None = None,
     known: Record | None = None,
@@ -94,12 +97,13 @@ def measure(
     the layer horizon that are tried, `default` or `all` (see `streamgauge.numerics.horizons`).
     tasks: prompt pairs on which heads are patched. precision: only as many prompts as it takes
     until the 95% interval of the growth rate is narrower than this. neighbours: `default`, `all`
-    for every change of the checkpoint that may repair it, or `none`. rows: token
-    ids to measure on instead of any text. known: an earlier record of the same checkpoint and
-    prompts, whose groups are taken over where they are as this instrument would measure them.
-    store: a folder of records, as --store names it: the record of this very checkpoint is taken
-    from there where it holds what is asked for, and what is measured is added to it; `known` counts
-    where there is none. show: progress on stderr, by default in notebooks alone.
+    for every change of the checkpoint that may repair it, or `none`. draws: how many sequences of
+    tokens hypothesis draws for the laws that hold of any; 0 leaves them out. rows: token ids to
+    measure on instead of any text. known: an earlier record of the same checkpoint and prompts,
+    whose groups are taken over where they are as this instrument would measure them. store: a
+    folder of records, as --store names it: the record of this very checkpoint is taken from there
+    where it holds what is asked for, and what is measured is added to it; `known` counts where
+    there is none. show: progress on stderr, by default in notebooks alone.
     Raises UnknownModelError, CheckpointError, HubError, PromptError, StoreError, NotInstalledError,
     or NotMeasured where files change meanwhile, each with one sentence for the user.
 
@@ -129,9 +133,11 @@ def measure(
             for name in GROUPS
             if (groups is None or name in ("instrument", *groups))
             and (name != "neighbours" or neighbours != "none")
+            and (name != "draws" or draws)
         ),
         precision,
         neighbours,
+        draws,
     )
     asked = Asked(
         checkpoint,
@@ -202,7 +208,8 @@ class Wanted:
     patching, and groups.
 
     precision: how narrow the growth rate's interval is to be, where not all prompts are wanted.
-    neighbours: how far repairs are searched for, `default` or `all`.
+    neighbours: how far repairs are searched for, `default` or `all`. draws: how many sequences of
+    tokens are drawn.
     """
 
     horizons: str = "default"
@@ -210,6 +217,7 @@ class Wanted:
     groups: tuple[str, ...] = field(default_factory=lambda: tuple(GROUPS))
     precision: float | None = None
     neighbours: str = "default"
+    draws: int = DRAWS
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,9 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
         tensors = Tensors(model, with_sketches="sketch" in missing)
         plan = None
         if rows is not None:
-            plan = make_plan(model, layout, rows, missing, wanted.horizons, checkpoint)
+            plan = make_plan(
+                model, layout, rows, missing, wanted.horizons, wanted.draws, checkpoint
+            )
         visitors: dict[str, Group] = {"tensors": tensors, **(plan.visitors if plan else {})}
         walk(model, visitors, accounts=accounts, show=show, stop=lambda: tensors.broken)
         tensors.say_twins()
@@ -297,6 +307,8 @@ def _take_all(
     metadata["matrices"] = _matrices(plan.visitors, known)
     found = results(plan, tensors, asked.checkpoint, wanted.tasks, repairs, accounts, asked.show)
     metadata |= plan.said
+    if "draws" in metadata:
+        metadata["draws"]["asked"] = wanted.draws
     arrays: dict[str, np.ndarray] = {}
     if known is not None:
         kept = [name for name in wanted.groups if name not in plan.missing]
@@ -412,6 +424,9 @@ def current_groups(record: Record, wanted: Wanted) -> list[str]:
     searched = record.metadata.get("neighbours", {}).get("search", wanted.neighbours)
     if "neighbours" in current and wanted.neighbours == "all" and searched != "all":
         current.remove("neighbours")
+    asked = record.metadata.get("draws", {}).get("asked", 0)
+    if "draws" in current and wanted.draws > asked:
+        current.remove("draws")
     if "patching" in current and wanted.tasks and record.metadata.get("tasks_sha256") != tasks:
         current.remove("patching")
     return current
@@ -428,8 +443,9 @@ def _take_over(known: Record, kept: list[str], metadata: dict[str, Any]) -> dict
     """The arrays of an earlier record's groups; what is said of them goes into the new metadata."""
     if "patching" in kept:
         metadata["tasks_sha256"] = known.metadata.get("tasks_sha256")
-    if "neighbours" in kept:
-        metadata["neighbours"] = known.metadata.get("neighbours", {})
+    for said in ("neighbours", "draws"):
+        if said in kept:
+            metadata[said] = known.metadata.get(said, {})
     for said in ("absent", "failed", "lacking"):
         of_old = known.metadata.get(said, {}).items()
         metadata[said] |= {name: why for name, why in of_old if name.split("/")[0] in kept}

@@ -17,6 +17,7 @@ from streamgauge.engine.heads import MATRICES, Heads
 from streamgauge.engine.layout import Layout
 from streamgauge.engine.memory import give_back
 from streamgauge.groups import (
+    draws,
     horizon,
     instrument,
     neighbours,
@@ -43,7 +44,7 @@ from streamgauge.progress import track
 BRIDGED = ("instrument", "weights", "sketch", "random_input", "patching")  # groups that need it
 ALL_RUN = (  # groups that rest on the walk over the blocks
     *("stream", "neurons", "sublayers", "random_input", "padding", "horizon", "sublayer_effect"),
-    *("prediction", "rounding", "neighbours"),
+    *("prediction", "rounding", "neighbours", "draws"),
 )
 
 
@@ -85,6 +86,7 @@ def make_plan(
     rows: Prompts,
     missing: list[str],
     horizons: str,
+    drawn: int,
     checkpoint: Checkpoint,
 ) -> Plan:
     """What visits the blocks for the missing groups, in the order in which they need each other.
@@ -104,7 +106,9 @@ def make_plan(
     early = random_input.EarlyInputs(layout)
     run = _run_over_prompts(plan, early)
     if plan.needs("sublayers") and sublayers.is_scale_blind(layout):
-        plan.visitors["scale_blindness"] = sublayers.ScaleBlindness(model, layout, rows)
+        plan.visitors["scale_blindness"] = sublayers.ScaleBlindness(
+            model, layout, max(rows.rows, key=len)
+        )
     _read_weights(plan, early, checkpoint)
     if plan.needs("padding"):
         plan.visitors["padding"] = padding.padding_group(model, layout, rows)
@@ -114,6 +118,8 @@ def make_plan(
         _start_from_clean_runs(plan, run, horizons)
     if plan.needs("rounding"):
         plan.visitors["rounding"] = rounding.rounding_group(model, layout, rows)
+    if plan.needs("draws"):
+        plan.visitors["draws"] = draws.draws_group(model, layout, rows, drawn)
     return plan
 
 
@@ -181,7 +187,10 @@ def results(
     found: dict[str, Found] = {}
     for name in track([n for n in plan.missing if n in plan.visitors], "predictions", show):
         with accounts.of(name):
-            found[name] = plan.visitors[name].found()
+            visitor = plan.visitors[name]
+            found[name] = visitor.found()
+            if isinstance(visitor, draws.DrawsGroup):
+                plan.said["draws"] = draws.examples(visitor, found[name][0], plan.rows)
         give_back()
     if plan.needs("patching"):
         with accounts.of("patching"):

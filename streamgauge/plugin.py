@@ -10,6 +10,7 @@ MODULES = (
     "fixtures.options",
     "fixtures.subjects",
     "fixtures.circuits",
+    "fixtures.draws",
     "fixtures.baseline",
     "fixtures.adopter",
     "fixtures.distribution",

@@ -121,6 +121,10 @@ neighbours/change, error          (n_raced,)             mean change of the loss
 neighbours/rows, tokens           (n_raced,)             rows of text and predicted tokens that it
                                                          was raced on
 neighbours/skew                   (n_raced,)             skewness of the rows' changes
+draws/LAW                         (n_draws, n_layers)    an error on sequences of tokens that
+                                                         hypothesis drew, over what rounding
+                                                         explains (see `numerics.draws`); 1 for
+                                                         n_layers where the whole model is run
 padding/resid                     (n_layers+1, n_pad)    norms of the stream at padding positions
                                                          behind texts, no mask
 ================================  =====================  =========================================
@@ -169,6 +173,8 @@ OTHERS = {
     "prediction": "token loss is_last entropy first later_changes row_sum_error future_weight",
     "rounding": "resid attn_out mlp_out loss",
     "neighbours": "layer change error skew rows tokens",
+    "draws": "additivity contribution_bound causality scale_blindness neurons heads value_basis "
+    "batch cache attention_implementation",
     "horizon": "k clean_loss tokens loss.dropped.recomputed.mean.everywhere",
     "sublayer_effect": "attn_kl attn_loss attn_frozen_kl attn_frozen_loss attn_share attn_size "
     "mlp_kl mlp_loss mlp_frozen_kl "

@@ -2,7 +2,8 @@
 with rank at most d_head.
 
 Every head of every layer is held to it, on Gaussian x and on the same x after steps of power
-iteration, which bring ‖x W_OV‖ / ‖x‖ close to σ₁ from below. Where ‖W_V‖‖W_O‖ is much larger than
+iteration, which bring ‖x W_OV‖ / ‖x‖ close to σ₁ from below; and heads that hypothesis draws, on
+inputs of its choice. Where ‖W_V‖‖W_O‖ is much larger than
 their product, what rounding does to squared norms of that is allowed.
 Source: definition of the spectral norm; Golub and Van Loan 2013, §2.3.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
@@ -13,14 +14,16 @@ import pytest
 
 from streamgauge.numerics.bands import below
 from streamgauge.numerics.convention import product_rounding
+from streamgauge.numerics.draws import HeadDraw
 from streamgauge.numerics.matrices import Matrices
 from streamgauge.record import Record
 
 STEPS, SAMPLES = 3, 8
+SUMS = "sums and eigenvalues in fp64 (Higham 2002, §4.2)"
 
 
 @pytest.mark.theorem
-def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
+def test_amplification_bound(record: Record, weights: Matrices, check, hardest) -> None:
     for layer in weights.layers:
         W_V, W_O = weights.W_V(layer), weights.W_O(layer)
         heads, d_model, d_head = W_V.shape
@@ -30,7 +33,7 @@ def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
         )
         part = product_rounding(d_model, d_head)
         rounding = part * weights.squared_sizes(layer)
-        bound = below(1 + part, "sums and eigenvalues in fp64 (Higham 2002, §4.2)")
+        bound = below(1 + part, SUMS)
         largest = _at_most(spectral, rounding)
         x = np.random.default_rng(layer).standard_normal((SAMPLES, d_model))
         for what, ratios in {
@@ -40,6 +43,23 @@ def test_amplification_bound(record: Record, weights: Matrices, check) -> None:
         }.items():
             head = int(ratios.argmax())  # a NaN where there is one
             check(ratios[head], within=bound, what=what, of=f"layer {layer}, head {head}")
+
+    draw = hardest(lambda draw: _gain(record, weights, draw))
+    check(
+        _gain(record, weights, draw),
+        within=below(1 + product_rounding(*weights.head(draw.layer, draw.head)[0].shape), SUMS),
+        what="‖x W_OV‖ over σ₁ ‖x‖",
+        of=f"layer {draw.layer}, head {draw.head} on inputs of seed {draw.seed}, drawn",
+    )
+
+
+def _gain(record: Record, weights: Matrices, draw: HeadDraw) -> float:
+    """The largest gain of a drawn head on inputs of its seed, over σ₁."""
+    W_V, W_O = weights.head(draw.layer, draw.head)
+    spectral = record.partial("weights/W_OV_spectral")[draw.layer, draw.head]
+    rounding = product_rounding(*W_V.shape) * weights.squared_sizes(draw.layer)[draw.head]
+    x = np.random.default_rng(draw.seed).standard_normal((SAMPLES, len(W_V)))
+    return float(_largest_gains(x, W_V[None], W_O[None])[0] / _at_most(spectral, rounding))
 
 
 def _at_most(norms: np.ndarray, rounding: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Later tokens change nothing before them, and attention shares itself out among what is there.
 
-Two runs whose first tokens are the same: largest relative difference of the stream at these tokens,
+Two runs whose first tokens are the same, of a prompt and of sequences of any length that hypothesis
+draws: largest relative difference of the stream at these tokens,
 over layers; largest attention weight on a later position, which must be none at all; largest
 |Σ - 1| over rows of attention patterns, or Σ - 1 where attention has a sink, which takes the rest.
 Source: definition of causal attention (Vaswani et al. 2017, §3.2.3) and of softmax.
@@ -15,7 +16,7 @@ from streamgauge.record import Record
 
 
 @pytest.mark.theorem
-def test_causality(record: Record, check) -> None:
+def test_causality(record: Record, check, check_draws) -> None:
     changes = record.array("prediction/later_changes")
     d_model, length = record.metadata["d_model"], int(record.array("stream/position").max()) + 1
     # What is computed for a token is the same sum; batched libraries may add it up in another
@@ -26,6 +27,7 @@ def test_causality(record: Record, check) -> None:
     )
     of = f"largest in the stream behind {int(changes.argmax())} layers"
     check(changes.max(), within=order, what="change of the stream by later tokens, relative", of=of)
+    check_draws("causality")
     if "prediction/row_sum_error" not in record.arrays:
         return
     layers, future = record.rows("prediction/future_weight")

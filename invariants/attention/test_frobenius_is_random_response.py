@@ -2,9 +2,10 @@
 
 For x Gaussian, normalised to mean 0 and variance 1 over d coordinates, E‖x W‖² = d/(d-1) · ‖W‖²_F
 for W centred on its reading side; for x normalised to unit RMS (RMSNorm models) E‖x W‖² = ‖W‖²_F.
-Every head of every layer is held to it, on inputs of its layer's own; the tolerance follows from
-the sample count, a false-alarm rate of 1e-6 a model, and what rounding does to squared norms of
-W_OV.
+Every head of every layer is held to it, on inputs of its layer's own, and heads that hypothesis
+draws on as many inputs as it draws, or on an orthonormal basis, over which the squared responses
+sum to ‖W‖²_F. The tolerance follows from the sample count, a false-alarm rate of 1e-6 a model, and
+what rounding does to squared norms of W_OV, which is all that a basis leaves.
 Source: footnote 5 of Heimersheim and Turner 2023 asked; second moments of the sphere answer.
 Tolerance: Laurent and Massart 2000, lemma 1.
 Applies to: every model whose W_V and W_O lie in its files as matrices.
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from streamgauge.errors import NotApplicable
-from streamgauge.numerics.bands import between
+from streamgauge.numerics.bands import below, between
 from streamgauge.numerics.convention import (
     ov_grams,
     product_eigenvalues,
@@ -22,16 +23,18 @@ from streamgauge.numerics.convention import (
     random_inputs,
     response_tolerance,
 )
+from streamgauge.numerics.draws import HeadDraw
 from streamgauge.numerics.matrices import Matrices
 from streamgauge.record import Record
 
 FALSE_ALARM = 1e-6
+OF_A_DRAW = FALSE_ALARM / 10**4  # of which a run makes thousands at most
 SAMPLES = 256
 SOURCE = f"{SAMPLES} samples, false-alarm rate {FALSE_ALARM} a model (Laurent and Massart 2000)"
 
 
 @pytest.mark.theorem
-def test_frobenius_is_random_response(record: Record, weights: Matrices, check) -> None:
+def test_frobenius_is_random_response(record: Record, weights: Matrices, check, hardest) -> None:
     norms, all_dead = record.partial("weights/W_OV_frobenius"), True
     for layer in weights.layers:
         W_V, W_O = weights.W_V(layer), weights.W_O(layer)
@@ -60,3 +63,38 @@ def test_frobenius_is_random_response(record: Record, weights: Matrices, check) 
             )
     if all_dead:
         raise NotApplicable("every head is dead, which weights/integrity reports")
+
+    def off(draw: HeadDraw) -> float:
+        return _distance(record, weights, draw)
+
+    draw = hardest(off)
+    given = f"{draw.samples} inputs of seed {draw.seed}" if draw.samples else "a basis"
+    check(
+        off(draw),
+        within=below(1, SOURCE),
+        what="distance of the mean squared response from ‖W_OV‖²_F",
+        unit="times the tolerance",
+        of=f"layer {draw.layer}, head {draw.head} on {given}, drawn",
+    )
+
+
+def _distance(record: Record, weights: Matrices, draw: HeadDraw) -> float:
+    """How far a drawn head's mean squared response lies from its expectation, in tolerances."""
+    W_V, W_O = weights.head(draw.layer, draw.head)
+    d_model, d_head = W_V.shape
+    norm = record.partial("weights/W_OV_frobenius")[draw.layer, draw.head]
+    sizes = weights.squared_sizes(draw.layer)[draw.head]
+    rounding = 2 * product_rounding(d_model, d_head) * sizes
+    if draw.samples:
+        per_norm = d_model / (d_model - 1) if weights.centres else 1.0
+        x = random_inputs(draw.samples, d_model, weights.centres, draw.seed)
+        response = float(((x @ W_V @ W_O) ** 2).sum(-1).mean()) / per_norm
+        forms = product_eigenvalues(*ov_grams(W_V, W_O))
+        tolerance = response_tolerance(forms, draw.samples, OF_A_DRAW) + rounding
+    else:  # the mirror images of the coordinates, whose responses W_OV's rows sum up to
+        v = np.random.default_rng(draw.seed).standard_normal(d_model)
+        v /= np.linalg.norm(v)
+        response = float((((W_V - 2 * np.outer(v, v @ W_V)) @ W_O) ** 2).sum())
+        tolerance = rounding
+    off = abs(response - norm**2)
+    return float(off / tolerance) if off else 0.0

@@ -30,13 +30,20 @@ def some_rows(prompts: Prompts) -> list[int]:
     return []
 
 
-def token_losses(model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor") -> np.ndarray:
-    """Cross-entropy of each next token, nats, (rows, positions - 1), where a stream ends."""
+def token_losses(
+    model: Blockwise, ids: "torch.Tensor", stream: "torch.Tensor", every: int = 1
+) -> np.ndarray:
+    """Cross-entropy of each next token, or of every so-manyth, where a stream ends: nats, (rows,
+    (positions - 1) // every).
+    """
     import torch
 
-    losses = []
-    for part in model.in_parts(ids):
-        logits, right = model.logits(ids[part], stream[part])[:, :-1], ids[part][:, 1:]
+    losses, at = [], slice(every - 1, -1, every)
+    if ids.shape[1] <= every:
+        return np.zeros((len(ids), 0))
+    for part in model.in_parts(ids[:, at]):
+        right = ids[part][:, 1:][:, every - 1 :: every]
+        logits = model.logits(ids[part][:, at], stream[part][:, at])
         found = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), right.flatten(), reduction="none"
         )

@@ -187,14 +187,24 @@ def in_place(mapped: Mapped, variant: Variant) -> Iterator[Mapped]:
         handle.remove()
 
 
-def _skeleton_with(mapped: Mapped, entries: dict[str, Any]) -> Mapped:
+def with_attention(mapped: Mapped, implementation: str) -> Mapped | None:
+    """The model with transformers' other implementation of attention; None where it has no such
+    one, or that cannot do what the configuration asks for.
+    """
+    plain = mapped.model
+    supported = getattr(plain, f"_supports_{implementation}", False)
+    capped = getattr(plain.config.get_text_config(), "attn_logit_softcapping", None)
+    return _skeleton_with(mapped, {}, implementation) if supported and not capped else None
+
+
+def _skeleton_with(mapped: Mapped, entries: dict[str, Any], attention: str = "eager") -> Mapped:
     plain = mapped.model
     config = copy.deepcopy(plain.config)
     try:
         for name, value in entries.items():
             setattr(config.get_text_config(), name, value)
         with without_memory():
-            skeleton = type(plain)._from_config(config, attn_implementation="eager").eval()
+            skeleton = type(plain)._from_config(config, attn_implementation=attention).eval()
     except strange() as error:
         raise CheckpointError(str(error)) from error
     kept = plain.state_dict(keep_vars=True)
@@ -205,11 +215,20 @@ def _skeleton_with(mapped: Mapped, entries: dict[str, Any]) -> Mapped:
     return Mapped(skeleton, mapped.stored, str(mapped.device))
 
 
-def logits_of(mapped: Mapped, ids: "torch.Tensor") -> "torch.Tensor":
-    """Of a plain forward pass, (rows, positions, d_vocab)."""
+def logits_of(mapped: Mapped, ids: "torch.Tensor", every: int = 1) -> "torch.Tensor":
+    """Of a plain forward pass, at all positions but the last, or at every so-manyth of them, (rows,
+    (positions - 1) // every, d_vocab). Only these are unembedded.
+    """
     import torch
 
-    with torch.no_grad():
-        output = mapped.model(input_ids=ids, **quiet(mapped.model))
+    at, head = slice(every - 1, -1, every), mapped.model.get_output_embeddings()
+    if head is None:
+        raise CheckpointError("it has no unembedding of its own")
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, at], *args[1:]))
+    try:
+        with torch.no_grad():
+            output = mapped.model(input_ids=ids, **quiet(mapped.model))
+    finally:
+        handle.remove()
     logits: torch.Tensor = output.logits.float()
     return logits

@@ -12,7 +12,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from streamgauge.engine.parts import Parts
 from streamgauge.engine.repairs import repaired, repairs_of
 from streamgauge.engine.together import calling_instead
 from streamgauge.engine.variants import Variant, in_place, logits_of, variants_of
-from streamgauge.errors import CheckpointError, first_line
+from streamgauge.errors import CheckpointError, PromptError, first_line
 from streamgauge.numerics.neighbours import KINDS, LEAST, findings, paired, upper_bounds
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
@@ -56,6 +56,7 @@ STREAMS = 2**28  # bytes of streams that are kept of the screen's rows
 LOGITS = 2**24  # numbers held at once of a whole model's
 SUBLAYERS = ("attn", "mlp")
 SAMPLED = "its tokenizer can write no text that it was trained for, and its own samples are blind"
+FAILED = "trying changes on it ended in an error, whose cause is not known"
 BETWEEN = "the model does something to the stream between its blocks, whose repairs are not known"
 
 
@@ -97,9 +98,12 @@ def text_for(
         pieces, source = ordinary_text((SCREEN + RACE) * LENGTH // length, CHARACTERS * length)
         if not pieces:
             return source
-        written = tokenise(
-            checkpoint.folder, pieces, context=length, vocabulary=model.vocabulary, shorten=True
-        )
+        try:
+            written = tokenise(
+                checkpoint.folder, pieces, context=length, vocabulary=model.vocabulary, shorten=True
+            )
+        except PromptError as error:  # our prompts may have done without such tokens
+            return f"{source} cannot be given to it: {error}"
         if written is None:
             return SAMPLED
         rows = [row for row in written.rows if len(row) > 1]
@@ -136,6 +140,9 @@ class Search:
         self.tokens: list[np.ndarray] = []
         per_block = sum(model.mapped.stored[name].numel() for name in model.names_in(0))
         self.head = model.unembedding.numel() / per_block  # what the head costs, in blocks
+        # Of so many positions one is unembedded, so that it takes no longer than the blocks do,
+        # half of which a change in the middle leaves as they were.
+        self.every = max(1, round(2 * self.head / model.n_layers))
         self.bytes = (
             4 * LENGTH * (model.n_layers + 1) * self.config.hidden_size
         )  # of a row's streams
@@ -196,7 +203,7 @@ class Search:
                 return _excess(ids, counted, parts), 0.0
         streams, lane, unchanged = self._along(candidate, ids)
         model, last = self.model, streams[-1]
-        parts = (model.logits(ids[part], last[part]) for part in model.in_parts(ids))
+        parts = (model.logits(ids[part], last[part])[:, :-1] for part in model.in_parts(ids))
         excess = _excess(ids, counted, parts)
         gradient = loss_gradient(model, ids, last, counted)
         behind = model.n_layers + 1 - len(streams)
@@ -263,7 +270,7 @@ class Search:
         for tokens in self.tokens[:heats]:
             lacking = [c for c in candidates if len(c) == start]
             if lacking:
-                self._run_blocks(lacking, self.rows[start : start + len(tokens)])
+                self._run_blocks(lacking, *self._padded(self.rows[start : start + len(tokens)]))
             start += len(tokens)
 
     def _share(self, kind: str) -> float:
@@ -362,7 +369,7 @@ class Search:
         yield from (f"without {kind}" for kind in SUBLAYERS if anatomy and anatomy.of(kind))
         yield from repairs_of(self._parts(layer))
 
-    @cache  # noqa: B019
+    @lru_cache(maxsize=2)  # noqa: B019
     def _parts(self, layer: int) -> Parts:
         return Parts(self.model.blocks[layer], self.model.anatomies[layer], self.config)
 
@@ -419,19 +426,28 @@ class Search:
 
     def _heat(self, candidates: Sequence[Candidate], rows: list[list[int]]) -> None:
         """Run the checkpoint and all candidates on more rows."""
-        ids, counted = padded(rows, self.model.device)
+        ids, counted = self._padded(rows)
         self.tokens.append(counted.sum(1).double().cpu().numpy())
-        self.clean.append(self._run_blocks([c for c in candidates if c.variant is None], rows))
+        blocks = [c for c in candidates if c.variant is None]
+        self.clean.append(self._run_blocks(blocks, ids, counted))
         for candidate in candidates:
             if candidate.variant is not None:
                 candidate.values.append(self._run_whole(candidate.variant, ids, counted))
 
-    def _run_blocks(self, candidates: Sequence[Candidate], rows: list[list[int]]) -> np.ndarray:
+    def _padded(self, rows: list[list[int]]) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Rows filled up to one length, and which of the next tokens that are predicted are
+        theirs.
+        """
+        ids, counted = padded(rows, self.model.device)
+        return ids, counted[:, self.every - 1 :: self.every]
+
+    def _run_blocks(
+        self, candidates: Sequence[Candidate], ids: "torch.Tensor", counted: "torch.Tensor"
+    ) -> np.ndarray:
         """Take rows through the model, and through every candidate from where it differs. Returns
         the checkpoint's own losses, summed by row.
         """
         model = self.model
-        ids, counted = padded(rows, model.device)
         clean = model.enter(ids)
         lanes: dict[Candidate, Batch] = {}
         starting: dict[int | None, list[Candidate]] = defaultdict(list)
@@ -474,8 +490,8 @@ class Search:
         self, ids: "torch.Tensor", stream: "torch.Tensor", counted: "torch.Tensor"
     ) -> np.ndarray:
         """Losses summed by row, nats."""
-        self._spend(ids, self.head)
-        losses = token_losses(self.model, ids, stream)
+        self._spend(ids, self.head / self.every)
+        losses = token_losses(self.model, ids, stream, self.every)
         return np.asarray((losses * counted.cpu().numpy()).sum(1))
 
     def _run_whole(
@@ -486,27 +502,30 @@ class Search:
         """
         import torch
 
-        self._spend(ids, self.model.n_layers + self.head)
+        self._spend(ids, self.model.n_layers + self.head / self.every)
+        right = ids[:, 1:][:, self.every - 1 :: self.every]
         try:
             losses = []
             with in_place(self.model.mapped, variant) as changed:
                 start = 0
-                for logits in self._whole_parts(changed, ids):
-                    some = ids[start : start + len(logits)]
+                for logits in self._whole_parts(changed, ids, self.every):
+                    some = right[start : start + len(logits)]
                     start += len(logits)
                     own = torch.nn.functional.cross_entropy(
-                        logits[:, :-1].flatten(0, 1), some[:, 1:].flatten(), reduction="none"
+                        logits.flatten(0, 1), some.flatten(), reduction="none"
                     )
-                    losses.append(own.view(len(some), -1))
+                    losses.append(own.view(some.shape))
             found: np.ndarray = (torch.cat(losses).double() * counted).sum(1).cpu().numpy()
         except strange(CheckpointError):
             return np.full(len(ids), np.inf)
         return found
 
-    def _whole_parts(self, changed: Mapped, ids: "torch.Tensor") -> "Iterator[torch.Tensor]":
+    def _whole_parts(
+        self, changed: Mapped, ids: "torch.Tensor", every: int = 1
+    ) -> "Iterator[torch.Tensor]":
         """Logits of a changed model, some rows at a time."""
-        size = max(1, LOGITS // (len(self.model.unembedding) * ids.shape[1]))
-        return (logits_of(changed, some) for some in ids.split(size))
+        size = max(1, LOGITS * every // (len(self.model.unembedding) * ids.shape[1]))
+        return (logits_of(changed, some, every) for some in ids.split(size))
 
     def _spend(self, ids: "torch.Tensor", blocks: float) -> None:
         self.spent += ids.numel() * blocks
@@ -532,7 +551,7 @@ def _excess(ids: "torch.Tensor", counted: "torch.Tensor", parts: "Iterator[torch
     found: list[torch.Tensor] = []
     for logits in parts:
         some = ids[len(found) : len(found) + len(logits)]
-        log_odds = logits[:, :-1].log_softmax(-1)
+        log_odds = logits.log_softmax(-1)
         loss = -log_odds.gather(-1, some[:, 1:, None])[..., 0]
         found += list(loss + (log_odds.exp() * log_odds).sum(-1))
     return float((torch.stack(found) * counted).double().sum() / counted.sum())
@@ -566,9 +585,9 @@ def measure_neighbours(
     search = Search(model, text, to_the_end=to_the_end, show=show)
     try:
         raced = search.run()
-    except strange(NotImplementedError) as trouble:  # what blocks raise that have no gradients
+    except strange(CheckpointError, NotImplementedError) as trouble:
         why = f"{type(trouble).__name__}: {first_line(trouble)}"
-        return ({}, {"neighbours": f"changes cannot be tried on blocks of this kind ({why})"}), {}
+        return ({}, {"neighbours": f"{FAILED} ({why})"}), {}
     clean, tokens = np.concatenate(search.clean), np.concatenate(search.tokens)
     arrays: dict[str, list[float]] = defaultdict(list)
     kept = []

@@ -123,13 +123,13 @@ class ScaleBlindness:
     all there may be. All inputs are brought to one large size first.
     """
 
-    def __init__(self, model: Blockwise, layout: Layout, prompts: Prompts) -> None:
+    def __init__(self, model: Blockwise, layout: Layout, row: list[int]) -> None:
         import torch
 
         self.model, self.layout = model, layout
         self.generator = torch.Generator().manual_seed(0)
         self.errors: dict[str, dict[int, np.ndarray]] = {"attn": {}, "mlp": {}}
-        self.batch = model.enter([max(prompts.rows, key=len)[:TOKENS]] * (2 + DRAWS))
+        self.batch = model.enter([row[:TOKENS]] * (2 + DRAWS))
 
     def visit(self, layer: int) -> None:
         """Take the batch through a block."""

@@ -38,11 +38,25 @@ class Matrices:
         """Shape (n_heads, d_model, d_head); grouped heads are repeated."""
         n_heads = self._places("W_O")[layer]["shape"][0]
         gain = self.record.array("weights/ln1_gain")[layer]
-        return expand_heads(fold_reading(self._read("W_V", layer), gain, self.centres), n_heads)
+        W_V = self._read("W_V", layer).astype(np.float64)
+        return expand_heads(fold_reading(W_V, gain, self.centres), n_heads)
 
     def W_O(self, layer: int) -> np.ndarray:
         """Shape (n_heads, d_head, d_model)."""
-        return self._multiplier(layer) * fold_writing(self._read("W_O", layer), self.centres)
+        W_O = self._read("W_O", layer).astype(np.float64)
+        return self._multiplier(layer) * fold_writing(W_O, self.centres)
+
+    def n_heads(self, layer: int) -> int:
+        """How many heads a layer has."""
+        return int(self._places("W_O")[layer]["shape"][0])
+
+    def head(self, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """W_V, (d_model, d_head), and W_O, (d_head, d_model), of one head."""
+        V, O = self._read("W_V", layer), self._read("W_O", layer)  # noqa: E741
+        gain = self.record.array("weights/ln1_gain")[layer]
+        W_V = fold_reading(V[head * len(V) // len(O)].astype(np.float64), gain, self.centres)
+        W_O = fold_writing(O[head].astype(np.float64), self.centres)
+        return W_V, self._multiplier(layer) * W_O
 
     def squared_sizes(self, layer: int) -> np.ndarray:
         """‖W_V‖²‖W_O‖², (n_heads,), before centring, at most.
@@ -81,7 +95,7 @@ class Matrices:
             raise CheckpointError(
                 f"the checkpoint and its record disagree on {place['tensor']}; measure again."
             )
-        return view.astype(np.float64)
+        return view
 
 
 def strided(array: np.ndarray, place: dict[str, Any]) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def subjects(folder: Path) -> dict[str, Path]:
     return found
 
 
-def failing(folder: Path, scratch: Path, *more: str) -> set[str]:
-    """The laws that fail, or cannot be measured, in an audit of a folder by itself."""
+def audited(folder: Path, scratch: Path, *more: str) -> list[dict[str, Any]]:
+    """The rows of an audit of a folder by itself."""
     report = scratch / "report"
     options = ["--model", str(folder), "--report", str(report), "--store", str(scratch / "store")]
     options += more
@@ -79,10 +80,13 @@ def failing(folder: Path, scratch: Path, *more: str) -> set[str]:
                 *options,
             ]
         )
-    rows = [
-        json.loads(line)
-        for line in (report / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (report / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def failing(folder: Path, scratch: Path, *more: str) -> set[str]:
+    """The laws that fail, or cannot be measured, in such an audit."""
+    rows = audited(folder, scratch, *more)
     return {row["law"] for row in rows if row["outcome"] in ("fail", "error")}
 
 

@@ -1,0 +1,387 @@
+"""The `draws` group: the laws that hold of any tokens, on sequences that hypothesis draws.
+
+All draws go through the blocks in one walk, each three times: as it is; with other tokens behind
+its beginning; and with noise of a known size on the stream before every block, which says what
+rounding may do. A fourth time through blocks whose weights are the same function in another order.
+A draw that breaks a law is then made as small as it can be, with walks of its own.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamgauge.checkpoints.untrusted import strange
+from streamgauge.engine.anatomy import first
+from streamgauge.engine.blockwise import Batch, Blockwise
+from streamgauge.engine.forward import Found, PromptRun, walk
+from streamgauge.engine.layout import Layout
+from streamgauge.engine.load import context_length
+from streamgauge.engine.parts import Parts, Values
+from streamgauge.engine.probe import quiet
+from streamgauge.engine.variants import with_attention
+from streamgauge.errors import CheckpointError
+from streamgauge.groups.reasons import NO_LN1, POST_NORM
+from streamgauge.groups.stream import StreamMeter
+from streamgauge.groups.sublayers import ScaleBlindness, is_scale_blind
+from streamgauge.numerics.draws import NO_NUMBER, TWINS, Draw, broken, worst
+from streamgauge.numerics.rounding import (
+    additivity_rounding,
+    beyond_contributions,
+    contribution_rounding,
+    other_order,
+    scale_rounding,
+)
+from streamgauge.numerics.rows import Prompts
+
+if TYPE_CHECKING:
+    import torch
+
+NUDGE = 2.0**-16  # relative size of the noise that says how sensitive the stream is
+ROUGH = 2  # a noise's answer may be so much smaller than that of another one of its size
+NOT_DRAWN = {
+    "additivity": POST_NORM,
+    "contribution_bound": POST_NORM,
+    "scale_blindness": NO_LN1,
+    "neurons": "its MLPs hold more than the matrices and biases whose rows can change places",
+    "heads": "its attention holds more than the matrices and biases that can change places",
+    "value_basis": "its attention holds more than the matrices and biases that can change places",
+    "cache": "transformers runs it with no cache of keys and values",
+    "attention_implementation": "transformers has one implementation of its attention",
+}
+FEW = 4  # draws that are rescaled, and that the whole model is run on
+COPIES = 3  # of a draw: itself, with another end, with noise
+UNPERMUTED = ("alibi", "position_bias")  # what tells heads from each other beside their weights
+
+
+class DrawsGroup:
+    """Arrays by law, (n_draws, n_layers) or (n_draws, 1): its error on each draw over what rounding
+    explains, NO_NUMBER where it is none; -1 for draws that it was not asked of.
+    """
+
+    def __init__(self, model: Blockwise, layout: Layout, draws: Sequence[Draw]) -> None:
+        import torch
+
+        self.model, self.layout, self.draws = model, layout, draws
+        rows = [
+            list(ids)
+            for draw in draws
+            for ids in (draw.ids, draw.other(model.vocabulary), draw.ids)
+        ]
+        self.rows = Prompts(rows, "drawn", None)
+        self.meter = StreamMeter(layout, self.rows)
+        self.run = PromptRun(model, self.rows, [self.meter])
+        self.place = {
+            row: (batch, n)
+            for batch, rows in enumerate(self.run.members)
+            for n, row in enumerate(rows)
+        }
+        self.blind = (
+            [ScaleBlindness(model, layout, list(draw.ids)) for draw in draws[:FEW]]
+            if is_scale_blind(layout)
+            else []
+        )
+        self.twins = [model.enter([list(draw.ids)]) for draw in draws]
+        self.generator = torch.Generator().manual_seed(0)
+        shape = (len(draws), model.n_layers)
+        self.ratios = {name: np.full(shape, -1.0) for name in ("causality", *TWINS)}
+
+    def visit(self, layer: int) -> None:
+        """Take all of it through a block."""
+        self._add_noise()
+        self.run.visit(layer)
+        for blind in self.blind:
+            blind.visit(layer)
+        parts = Parts(
+            self.model.blocks[layer],
+            self.model.anatomies[layer],
+            self.model.mapped.model.config.get_text_config(),
+        )
+        for n, draw in enumerate(self.draws):
+            clean, other, noisy = (self._stream(n, copy) for copy in range(COPIES))
+            allowed = self._allowed(noisy, clean)
+            change = _change(other[: draw.kept], clean[: draw.kept])
+            self.ratios["causality"][n, layer] = change / allowed
+            values = twin(draw, parts, self.model, layer, self.twins[n])
+            with parts.having(values):
+                stream = self.model.step(self.twins[n], layer)[0]
+            if values:
+                self.ratios[draw.twin][n, layer] = _change(stream, clean) / allowed
+
+    def found(self) -> Found:
+        """Arrays of the group, and why others are absent."""
+        arrays = dict(self.ratios) | self._of_streams() | self._of_scale() | self._of_the_whole()
+        kept = {
+            name: np.nan_to_num(ratios, nan=NO_NUMBER, posinf=NO_NUMBER)
+            for name, ratios in arrays.items()
+            if (ratios != -1).any()
+        }
+        return kept, {name: why for name, why in NOT_DRAWN.items() if name not in kept}
+
+    def _stream(self, draw: int, copy: int) -> "torch.Tensor":
+        batch, n = self.place[COPIES * draw + copy]
+        stream: torch.Tensor = self.run.batches[batch].stream[n]
+        return stream
+
+    def _allowed(self, noisy: "torch.Tensor", clean: "torch.Tensor") -> float:
+        """By how much rounding may change a stream, relatively, if it does as noise did."""
+        answer = np.array(ROUGH * _change(noisy, clean) / NUDGE)
+        return float(other_order(answer, self.layout.d_model))
+
+    def _add_noise(self) -> None:
+        import torch
+
+        for batch in self.run.batches:
+            batch.stream = batch.stream.clone()
+        for n in range(len(self.draws)):
+            x = self._stream(n, 2)
+            noise = torch.randn(x.shape, generator=self.generator).to(x.device)
+            x += NUDGE * x.abs() * noise
+
+    def _of_streams(self) -> dict[str, np.ndarray]:
+        arrays, _ = self.meter.found()
+        if "additivity_error" not in arrays:
+            return {}
+        d_model, terms = self.layout.d_model, max(len(a.terms) for a in self.layout.anatomies if a)
+        outputs = {
+            name: arrays[f"{name}_out"]
+            for name in ("attn", "mlp", "other")
+            if f"{name}_out" in arrays
+        }
+        added = np.nansum(list(outputs.values()), 0)
+        pre, post = (arrays[f"resid_{name}"].astype(float) for name in ("pre", "post"))
+        by_token = {
+            "additivity": arrays["additivity_error"] / additivity_rounding(terms),
+            "contribution_bound": beyond_contributions(pre, post, added)
+            / contribution_rounding(d_model),
+        }
+        return {name: self._by_draw(np.maximum(ratios, 0)) for name, ratios in by_token.items()}
+
+    def _by_draw(self, by_token: np.ndarray) -> np.ndarray:
+        """The largest of each draw's own tokens, (n_draws, n_layers)."""
+        of = self.meter.found()[0]["prompt"] // COPIES
+        return np.array([by_token[:, of == n].max(1) for n in range(len(self.draws))])
+
+    def _of_scale(self) -> dict[str, np.ndarray]:
+        if not self.blind:
+            return {}
+        ratios = np.full((len(self.draws), self.model.n_layers), -1.0)
+        for n, blind in enumerate(self.blind):
+            arrays, _ = blind.found()
+            allowed = scale_rounding(self.layout.d_model, float(arrays["largest_shift"][0]))
+            errors = [a for name, a in arrays.items() if name.endswith("_scale_error")]
+            errors = np.nan_to_num(np.concatenate(errors, 1), nan=-1.0)  # of layers without a norm
+            ratios[n] = errors.max(1) / allowed
+        return {"scale_blindness": ratios}
+
+    def _of_the_whole(self) -> dict[str, np.ndarray]:
+        """What the whole model makes of a few draws beside each other, with a cache, and with
+        another implementation of attention, held to the walk over the blocks.
+        """
+        few = list(range(len(self.draws)))[:FEW]
+        clean, noisy = ([self._stream(n, copy) for n in few] for copy in (0, 2))
+        allowed = [self._allowed(b, a) for a, b in zip(clean, noisy, strict=True)]
+        found = {}
+        for name, run in WAYS.items():
+            streams = None
+            # What a way needs may be missing in this architecture.
+            with contextlib.suppress(*strange(CheckpointError, NotImplementedError)):
+                streams = run(self.model, [self.draws[n] for n in few])
+            if streams is None:
+                continue
+            ratios = found[name] = np.full((len(self.draws), 1), -1.0)
+            for n in few:
+                ratios[n] = _change(streams[n], clean[n]) / allowed[n]
+        return found
+
+
+def _change(stream: "torch.Tensor", clean: "torch.Tensor") -> float:
+    """The largest relative change of a token's vector; infinite where it is no number."""
+    import torch
+
+    one, other = clean.double(), stream.double()
+    norm = torch.linalg.vector_norm
+    change = float((norm(other - one, dim=-1) / norm(one, dim=-1).clamp_min(1e-30)).max())
+    return change if np.isfinite(change) else np.inf
+
+
+def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -> Values:
+    """A held block's parts in another order that makes the same function of them; nothing where it
+    has others besides.
+    """
+    generator = np.random.default_rng([draw.seed, layer])
+    kind = "mlp" if draw.twin == "neurons" else "attn"
+    if not _is_all(parts, model, layer, kind):
+        return {}
+    if kind == "mlp":
+        order = generator.permutation(parts["W_in"].shape[0])
+        rows = {
+            role: parts[role][order]
+            for role in ("W_in", "W_gate", "b_in", "b_gate")
+            if role in parts
+        }
+        return rows | {"W_out": parts["W_out"][:, order]}
+    beside = batch.calls[layer][1]
+    if not parts.d_head or any(beside.get(name) is not None for name in UNPERMUTED):
+        return {}
+    groups = parts.n_heads // parts.n_kv
+    of_kv = np.arange(parts.n_kv * parts.d_head).reshape(parts.n_kv, parts.d_head)
+    of_heads = np.arange(parts.n_heads * parts.d_head).reshape(parts.n_kv, groups, parts.d_head)
+    if draw.twin == "heads":
+        order, inside = generator.permutation(parts.n_kv), generator.permutation(groups)
+        kv, heads = of_kv[order].ravel(), of_heads[order][:, inside].ravel()
+        rows = {"W_Q": heads, "b_Q": heads, **dict.fromkeys(("W_K", "W_V", "b_K", "b_V"), kv)}
+    else:
+        order = generator.permutation(parts.d_head)
+        kv, heads = of_kv[:, order].ravel(), of_heads[..., order].ravel()
+        rows = dict.fromkeys(("W_V", "b_V"), kv)
+    values = {role: parts[role][own] for role, own in rows.items() if role in parts}
+    return values | {"W_O": parts["W_O"][:, heads]}
+
+
+def _is_all(parts: Parts, model: Blockwise, layer: int, kind: str) -> bool:
+    """Whether a sublayer has no parameters but those of these parts, and of norms of whole heads'
+    queries and keys.
+    """
+    roles = ("W_in", "W_gate", "W_out") if kind == "mlp" else ("W_Q", "W_K", "W_V", "W_O")
+    anatomy, needed = model.anatomies[layer], {roles[0], roles[-1]}
+    if anatomy is None or not needed <= parts.places.keys():
+        return False
+    modules = {parts.places[role].module for role in roles if role in parts}
+    roots = [term.chain[0] for term in anatomy.of(kind)]
+    block = model.blocks[layer]
+    own = [
+        (name, parameter)
+        for root in roots
+        for name, parameter in block.get_submodule(root).named_parameters()
+    ]
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    return len(roots) == 1 and all(
+        id(parameter) in known
+        or (kind == "attn" and parameter.shape == (parts.d_head,) and "v_" not in name)
+        for name, parameter in own
+    )
+
+
+class _Seen(Exception):
+    """The last block has returned."""
+
+
+def _last_streams(model: Blockwise, mapped: Any, ids: "torch.Tensor", **more: Any) -> Any:
+    """What the last block returns in transformers' own forward pass, which goes no further."""
+    import torch
+
+    caught: list[torch.Tensor] = []
+
+    def catch(module: Any, args: Any, output: Any) -> None:
+        caught.append(first(output).float().clone())
+        raise _Seen
+
+    handle = mapped.model.get_submodule(model.paths[-1]).register_forward_hook(catch)
+    try:
+        with torch.no_grad(), contextlib.suppress(_Seen):
+            mapped.model(input_ids=ids, **more)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _beside(model: Blockwise, draws: Sequence[Draw]) -> "tuple[torch.Tensor, list[int]]":
+    """Draws as one batch, filled up behind their ends, which nothing before them reads; and how
+    long each is.
+    """
+    import torch
+
+    lengths = [len(draw.ids) for draw in draws]
+    rows = [[*draw.ids, *[0] * (max(lengths) - len(draw.ids))] for draw in draws]
+    return torch.tensor(rows, device=model.device), lengths
+
+
+def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor]":
+    ids, lengths = _beside(model, draws)
+    streams = _last_streams(model, model.mapped, ids.flip(0), **quiet(model.mapped.model)).flip(0)
+    return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
+
+
+def _with_a_cache(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor] | None":
+    import torch
+    from transformers import DynamicCache
+
+    plain = model.mapped.model
+    ids, lengths = _beside(model, draws)
+    half = ids.shape[1] // 2
+    if not half or not quiet(plain) or any(path is None for path in model.seen.attention):
+        return None
+    cache = DynamicCache(config=plain.config.get_text_config())
+    parts = [
+        _last_streams(model, model.mapped, part, past_key_values=cache, use_cache=True)
+        for part in (ids[:, :half], ids[:, half:])
+    ]
+    return [stream[:n] for stream, n in zip(torch.cat(parts, 1), lengths, strict=True)]
+
+
+def _with_other_attention(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor] | None":
+    mapped = with_attention(model.mapped, "sdpa")
+    if mapped is None:
+        return None
+    ids, lengths = _beside(model, draws)
+    streams = _last_streams(model, mapped, ids, **quiet(mapped.model))
+    return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
+
+
+WAYS: "dict[str, Callable[[Blockwise, Sequence[Draw]], list[torch.Tensor] | None]]" = {
+    "batch": _in_a_batch,
+    "cache": _with_a_cache,
+    "attention_implementation": _with_other_attention,
+}
+
+
+def draws_group(model: Blockwise, layout: Layout, texts: Prompts, drawn: int) -> DrawsGroup:
+    """So many draws for a model, or some fewer where one would be there twice."""
+    from streamgauge.strategies import all_draws
+
+    return DrawsGroup(model, layout, all_draws(sequences(model, texts, drawn), drawn))
+
+
+def examples(group: DrawsGroup, arrays: dict[str, np.ndarray], texts: Prompts) -> dict[str, Any]:
+    """How many draws there were, and by law that one broke the smallest draw that does: its tokens,
+    the first layer, and its ratio.
+    """
+    from streamgauge.strategies import smallest
+
+    drawn, found = len(group.draws), {}
+    for law, number in broken(arrays).items():
+        known = {draw: worst(arrays[law][[n]])[0] for n, draw in enumerate(group.draws)}
+
+        def breaks(draw: Draw, law: str = law, known: dict[Draw, float] = known) -> bool:
+            if draw not in known:
+                known[draw] = worst(ratios_of(group.model, group.layout, draw, law))[0]
+            return known[draw] > 1
+
+        strategy = sequences(group.model, texts, drawn)
+        draw = smallest(strategy, breaks, drawn) or group.draws[number]
+        ratio, layer = worst(ratios_of(group.model, group.layout, draw, law))
+        found[law] = draw.said() | {"layer": layer, "ratio": ratio}
+    return {"drawn": drawn, "examples": found}
+
+
+def ratios_of(model: Blockwise, layout: Layout, draw: Draw, law: str) -> np.ndarray:
+    """Of a law on one draw, (1, n_layers) or (1, 1); -1 where it cannot be put to it."""
+    group = DrawsGroup(model, layout, [draw])
+    walk(model, {"draws": group})
+    return group.found()[0].get(law, np.full((1, 1), -1.0))
+
+
+def sequences(model: Blockwise, texts: Prompts, draws: int) -> Any:
+    """What is drawn for a model."""
+    from streamgauge.strategies import token_sequences
+
+    config = model.mapped.model.config
+    named = [
+        getattr(config.get_text_config(), f"{name}_token_id", None)
+        for name in ("bos", "eos", "pad")
+    ]
+    listed = [i for one in named for i in (one if isinstance(one, list) else [one])]
+    special = [i for i in listed if isinstance(i, int) and 0 <= i < model.vocabulary]
+    return token_sequences(model.vocabulary, context_length(config), special, texts.rows[:8], draws)
