@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.numerics.draws import LAWS, TWINS
 from streamgauge.numerics.horizons import DEFAULT
 from streamgauge.record import Record
 
@@ -23,6 +24,8 @@ REPAIRS = {  # and the layers that they are tried in
     "config.json with n_head 8": -1,
 }
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
+DRAWS = 10
+WHOLE = ("batch", "cache", "attention_implementation")  # of which there is one value a draw
 
 
 def sound_record(
@@ -79,6 +82,7 @@ def sound_record(
         "stream/is_padding": np.zeros(position.size, bool),
     }
     arrays |= {f"neighbours/{name}": values for name, values in _repairs().items()}
+    arrays |= {f"draws/{law}": values for law, values in _draws(n_layers).items()}
     arrays |= {
         "instrument/block_error": np.zeros(n_layers),
         "instrument/bridge_error": np.full(n_layers, 1e-7),
@@ -121,6 +125,7 @@ def sound_record(
             "passes": 20.0,
             "first": {},
         },
+        "draws": {"asked": DRAWS, "drawn": DRAWS, "examples": {}},
         "config": {"n_head": N_HEADS, "activation": "gelu"},
         "parameters": [
             {"name": f"h.{n}.mlp.c_fc.weight", "shape": [D_MODEL, D_MODEL]} for n in range(n_layers)
@@ -209,6 +214,19 @@ def _repairs() -> dict[str, np.ndarray]:
     }
 
 
+def _draws(n_layers: int) -> dict[str, np.ndarray]:
+    """A twentieth of what rounding explains, a tenth at layer 2; each twin on every third draw."""
+    found = {}
+    for place, law in enumerate(LAWS):
+        ratios = np.full((DRAWS, 1 if law in WHOLE else n_layers), 0.05 + 0.001 * place)
+        ratios[1, min(2, ratios.shape[1] - 1)] *= 2
+        if law in TWINS:
+            ratios[TWINS.index(law) :: 3] = ratios[1]
+            ratios[np.arange(DRAWS) % 3 != TWINS.index(law)] = -1
+        found[law] = ratios
+    return found
+
+
 def _depth(n_layers: int) -> dict[str, np.ndarray]:
     """A horizon of half the depth, and sublayers whose removal costs a tenth of what it could."""
     k = np.append(np.arange(0, n_layers + 1, 2), n_layers + 1).astype(np.int32)
@@ -255,6 +273,9 @@ def made_up(n_layers: int, seed: int = 7) -> Record:
         sound.arrays.items(), key=lambda one: (one[0].startswith("neighbours/"), one[0])
     )
     for name, values in by_age:
+        if name.startswith("draws/"):
+            arrays[name] = values
+            continue
         noise = np.exp(0.1 * dice.standard_normal(values.shape))
         if name in SMALL:
             arrays[name] = SMALL[name] * dice.uniform(0.1, 1, values.shape)

@@ -52,6 +52,16 @@ COVERED = {
     ],
     "depth: earlier outputs fade": ["depth/earlier_outputs_fade"],
     "attention: causality": ["attention/causality"],
+    "symmetries of weights": [
+        "mlp/neurons_have_no_order",
+        "attention/heads_have_no_order",
+        "attention/value_basis_is_free",
+    ],
+    "outputs: what must not matter": [
+        "predictions/rows_are_apart",
+        "predictions/cache_changes_nothing",
+        "predictions/any_attention_kernel",
+    ],
     "predictions: better than counting": ["predictions/beats_unigram"],
     "predictions: lowest loss among its neighbours": ["predictions/best_of_its_neighbours"],
     "regression: a baseline": [

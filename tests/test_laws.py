@@ -14,6 +14,7 @@ import streamgauge
 from fixtures import catalogue
 from streamgauge.checkpoints import files as checkpoints
 from streamgauge.laws import laws
+from streamgauge.numerics.draws import LAWS, NO_NUMBER
 from streamgauge.numerics.horizons import DEFAULT
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
@@ -119,6 +120,30 @@ def _flat(values: np.ndarray) -> np.ndarray:
 def _with_nan(values: np.ndarray) -> np.ndarray:
     values[10, 4] = np.nan
     return values
+
+
+def _broken(ratios: np.ndarray) -> np.ndarray:
+    ratios[4, -1] = 1.1
+    return ratios
+
+
+def _no_number(ratios: np.ndarray) -> np.ndarray:
+    ratios[4, 0] = NO_NUMBER
+    return ratios
+
+
+DRAWN = {
+    "residual/additivity": "additivity",
+    "sublayers/contribution_bound": "contribution_bound",
+    "sublayers/scale_blindness": "scale_blindness",
+    "attention/causality": "causality",
+    "mlp/neurons_have_no_order": "neurons",
+    "attention/heads_have_no_order": "heads",
+    "attention/value_basis_is_free": "value_basis",
+    "predictions/rows_are_apart": "batch",
+    "predictions/cache_changes_nothing": "cache",
+    "predictions/any_attention_kernel": "attention_implementation",
+}
 
 
 def _parallel_without_its_product() -> Record:
@@ -666,6 +691,14 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         _of("any", "prediction/later_changes", lambda x: x * np.nan),
         "change of the stream by later tokens, relative",
     ),
+    *(
+        control
+        for law, name in DRAWN.items()
+        for control in (
+            (law, "a-draw-breaks-it", _of("any", f"draws/{name}", _broken), LAWS[name]),
+            (law, "no-number", _of("any", f"draws/{name}", _no_number), LAWS[name]),
+        )
+    ),
     (
         "predictions/beats_unigram",
         "worse-than-counting",
@@ -1168,6 +1201,6 @@ def test_without_a_norm_scale_blindness_would_fail() -> None:
     for block in model.blocks:
         block.ln_2.forward = lambda x: x / 2**20
     errors, _ = models.measure_group(
-        model, ScaleBlindness(model, layout, Prompts([[1, 2, 3, 4]], "test", 1))
+        model, ScaleBlindness(model, layout, [1, 2, 3, 4])
     )
     assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

@@ -21,6 +21,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from streamgauge.laws import laws
+from streamgauge.numerics.draws import LAWS
 from streamgauge.record import Record
 from tests.conftest import ROOT, Audit
 from tests.records import D_MODEL, made_up, replaced, sound_record
@@ -158,7 +159,12 @@ def instrument() -> list[float]:
 
 
 def scale_errors() -> list[float]:
-    return [float(A[f"sublayers/{kind}_scale_error"].max()) for kind in ("attn", "mlp")]
+    errors = [float(A[f"sublayers/{kind}_scale_error"].max()) for kind in ("attn", "mlp")]
+    return [*errors, drawn("scale_blindness")]
+
+
+def drawn(law: str) -> float:
+    return float(A[f"draws/{law}"].max())
 
 
 def over_stream(name: str) -> float:
@@ -178,10 +184,21 @@ def heads(name: str) -> np.ndarray:
     return A[f"weights/{name}"]
 
 
+DRAWN_ALONE = {
+    "mlp/neurons_have_no_order": "neurons",
+    "attention/heads_have_no_order": "heads",
+    "attention/value_basis_is_free": "value_basis",
+    "predictions/rows_are_apart": "batch",
+    "predictions/cache_changes_nothing": "cache",
+    "predictions/any_attention_kernel": "attention_implementation",
+}
 EFFECTS = [(kind, name) for kind in ("attn", "mlp") for name in ("frozen_kl", "kl")]
 VALUES: dict[str, Callable[[], list[Any]]] = {
     "instrument/same_function": instrument,
-    "residual/additivity": lambda: [A["stream/additivity_error"].max()],
+    "residual/additivity": lambda: [
+        A["stream/additivity_error"].max(),
+        drawn("additivity"),
+    ],
     "residual/moments": moments,
     "residual/growth_rate": lambda: [
         geometric((RESID[LAST] / RESID[FIRST])[TEXT]) ** (1 / (LAST - FIRST))
@@ -216,6 +233,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     "attention/fall_off": lambda: [np.exp(text_slope(ATTN) - text_slope(PRE))],
     "attention/causality": lambda: [
         A["prediction/later_changes"].max(),
+        drawn("causality"),
         A["prediction/future_weight"].max(),
         A["prediction/row_sum_error"].max(),
     ],
@@ -282,6 +300,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     "depth/effect_bound": lambda: [kl_over_bound(kind, name).max() for kind, name in EFFECTS],
     "predictions/beats_unigram": lambda: [counted()],
     "predictions/best_of_its_neighbours": lambda: [highest_fall()],
+    **{law: lambda name=name: [drawn(name)] for law, name in DRAWN_ALONE.items()},
 }
 ELSEWHERE = {  # laws about files and about baselines, and one that needs a published number
     "attention/frobenius_is_random_response",
@@ -353,11 +372,17 @@ SAID: dict[str, Callable[[], list[str]]] = {
         f"layer {largest((np.abs(POST - PRE) - ATTN - MLP) / (PRE + ATTN + MLP))}"
     ],
     "sublayers/scale_blindness": lambda: [
-        f"4 draws a layer, largest at layer {largest(A[f'sublayers/{kind}_scale_error'])}"
-        for kind in ("attn", "mlp")
+        *(
+            f"4 draws a layer, largest at layer {largest(A[f'sublayers/{kind}_scale_error'])}"
+            for kind in ("attn", "mlp")
+        ),
+        "10 of 10 drawn sequences, largest at layer 2",
     ],
+    "mlp/neurons_have_no_order": lambda: ["4 of 10 drawn sequences, largest at layer 2"],
+    "predictions/rows_are_apart": lambda: ["10 of 10 drawn sequences, largest"],
     "attention/causality": lambda: [
         f"behind {largest(A['prediction/later_changes'], range(N_LAYERS + 1))} layers",
+        "10 of 10 drawn sequences, largest at layer 2",
         f"layer {largest(A['prediction/future_weight'])}",
         f"layer {largest(A['prediction/row_sum_error'])}",
     ],
@@ -642,6 +667,16 @@ EDGES: list[tuple[str, str, Callable[[float], dict[str, np.ndarray]]]] = [
         "attention/causality",
         "later tokens",
         array("prediction/later_changes", (N_LAYERS + 1) * D_MODEL * UNIT),
+    ),
+    *(
+        (law, LAWS[name], array(f"draws/{name}", 1.0))
+        for law, name in {
+            "residual/additivity": "additivity",
+            "sublayers/contribution_bound": "contribution_bound",
+            "sublayers/scale_blindness": "scale_blindness",
+            "attention/causality": "causality",
+            **DRAWN_ALONE,
+        }.items()
     ),
     ("attention/causality", "a later position", array("prediction/future_weight", UNIT)),
     ("attention/causality", "attention rows", array("prediction/row_sum_error", 4 * 6 * UNIT)),

@@ -84,17 +84,17 @@ def _distance(record: Record, weights: Matrices, draw: HeadDraw) -> float:
     d_model, d_head = W_V.shape
     norm = record.partial("weights/W_OV_frobenius")[draw.layer, draw.head]
     sizes = weights.squared_sizes(draw.layer)[draw.head]
-    rounding = 2 * product_rounding(d_model, d_head) * sizes
+    rounding = float(2 * product_rounding(d_model, d_head) * sizes)
     if draw.samples:
         per_norm = d_model / (d_model - 1) if weights.centres else 1.0
         x = random_inputs(draw.samples, d_model, weights.centres, draw.seed)
-        response = float(((x @ W_V @ W_O) ** 2).sum(-1).mean()) / per_norm
+        response = float(np.square(x @ W_V @ W_O).sum(-1).mean()) / per_norm
         forms = product_eigenvalues(*ov_grams(W_V, W_O))
         tolerance = response_tolerance(forms, draw.samples, OF_A_DRAW) + rounding
     else:  # the mirror images of the coordinates, whose responses W_OV's rows sum up to
-        v = np.random.default_rng(draw.seed).standard_normal(d_model)
-        v /= np.linalg.norm(v)
-        response = float((((W_V - 2 * np.outer(v, v @ W_V)) @ W_O) ** 2).sum())
+        v = np.random.default_rng(draw.seed).standard_normal((d_model, 1))
+        v = v / np.linalg.norm(v)
+        response = float((((W_V - 2 * v @ (v.T @ W_V)) @ W_O) ** 2).sum())
         tolerance = rounding
     off = abs(response - norm**2)
     return float(off / tolerance) if off else 0.0

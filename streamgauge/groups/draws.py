@@ -50,7 +50,7 @@ NOT_DRAWN = {
     "cache": "transformers runs it with no cache of keys and values",
     "attention_implementation": "transformers has one implementation of its attention",
 }
-FEW = 4  # draws that are rescaled, and that the whole model is run on
+FEW = 4  # draws that are rescaled, and that the whole model is run on: the shortest, the longest
 COPIES = 3  # of a draw: itself, with another end, with noise
 UNPERMUTED = ("alibi", "position_bias")  # what tells heads from each other beside their weights
 
@@ -77,8 +77,10 @@ class DrawsGroup:
             for batch, rows in enumerate(self.run.members)
             for n, row in enumerate(rows)
         }
+        by_length = sorted(range(len(draws)), key=lambda n: len(draws[n].ids))
+        self.few = [*by_length[:1], *by_length[1:][1 - FEW :]]
         self.blind = (
-            [ScaleBlindness(model, layout, list(draw.ids)) for draw in draws[:FEW]]
+            [ScaleBlindness(model, layout, list(draws[n].ids)) for n in self.few]
             if is_scale_blind(layout)
             else []
         )
@@ -167,7 +169,7 @@ class DrawsGroup:
         if not self.blind:
             return {}
         ratios = np.full((len(self.draws), self.model.n_layers), -1.0)
-        for n, blind in enumerate(self.blind):
+        for n, blind in zip(self.few, self.blind, strict=True):
             arrays, _ = blind.found()
             allowed = scale_rounding(self.layout.d_model, float(arrays["largest_shift"][0]))
             errors = [a for name, a in arrays.items() if name.endswith("_scale_error")]
@@ -179,20 +181,20 @@ class DrawsGroup:
         """What the whole model makes of a few draws beside each other, with a cache, and with
         another implementation of attention, held to the walk over the blocks.
         """
-        few = list(range(len(self.draws)))[:FEW]
-        clean, noisy = ([self._stream(n, copy) for n in few] for copy in (0, 2))
+        clean = [self._stream(n, 0) for n in self.few]
+        noisy = [self._stream(n, 2) for n in self.few]
         allowed = [self._allowed(b, a) for a, b in zip(clean, noisy, strict=True)]
         found = {}
         for name, run in WAYS.items():
             streams = None
             # What a way needs may be missing in this architecture.
             with contextlib.suppress(*strange(CheckpointError, NotImplementedError)):
-                streams = run(self.model, [self.draws[n] for n in few])
+                streams = run(self.model, [self.draws[n] for n in self.few])
             if streams is None:
                 continue
             ratios = found[name] = np.full((len(self.draws), 1), -1.0)
-            for n in few:
-                ratios[n] = _change(streams[n], clean[n]) / allowed[n]
+            for place, n in enumerate(self.few):
+                ratios[n] = _change(streams[place], clean[place]) / allowed[place]
         return found
 
 
@@ -300,7 +302,9 @@ def _beside(model: Blockwise, draws: Sequence[Draw]) -> "tuple[torch.Tensor, lis
 
 def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor]":
     ids, lengths = _beside(model, draws)
-    streams = _last_streams(model, model.mapped, ids.flip(0), **quiet(model.mapped.model)).flip(0)
+    rows = (ids + 1) % model.vocabulary  # so that none is alone
+    rows = rows[:1].new_tensor([*rows[:1].tolist(), *ids.flip(0).tolist()])
+    streams = _last_streams(model, model.mapped, rows, **quiet(model.mapped.model))[1:].flip(0)
     return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
 
 
@@ -352,7 +356,9 @@ def examples(group: DrawsGroup, arrays: dict[str, np.ndarray], texts: Prompts) -
 
     drawn, found = len(group.draws), {}
     for law, number in broken(arrays).items():
-        known = {draw: worst(arrays[law][[n]])[0] for n, draw in enumerate(group.draws)}
+        # What the whole model made of one may be due to those beside it.
+        alone = [] if law in WAYS else list(enumerate(group.draws))
+        known = {draw: worst(arrays[law][[n]])[0] for n, draw in alone}
 
         def breaks(draw: Draw, law: str = law, known: dict[Draw, float] = known) -> bool:
             if draw not in known:

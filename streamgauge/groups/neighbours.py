@@ -48,7 +48,8 @@ FIRST_ROWS = 4
 CHARACTERS = 8  # of text for a token, so that a row is full
 FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
-FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for
+FIRST_HEAT = 140  # candidates of blocks that are raced at most, unless all are asked for; fewer
+# where each costs more, as its loss is read off few tokens of a large vocabulary.
 CLEARLY_WORSE, CLEARLY_NO_BETTER = 1.0, 2.0  # standard errors
 ALSO = 3  # changes of a block that are tried once more where one seems to help
 AFTERMATH_ROWS = 24
@@ -154,7 +155,7 @@ class Search:
         variants = [Candidate(v.name, None, v) for v in variants_of(self.model.mapped)]
         self.tried = Counter(c.kind for c in [*found, *variants])
         if not self.to_the_end:
-            found = [c for c in found if c.promise < PROMISING][:FIRST_HEAT]
+            found = [c for c in found if c.promise < PROMISING][: FIRST_HEAT // self.every]
         raced = [*found, *variants]
         alive, heats = list(raced), list(zip([0, *self.ends], self.ends, strict=False))
         for start, end in track(heats, "racing repairs", self.show):
