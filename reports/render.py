@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
@@ -13,10 +14,10 @@ from .figures import figures
 from .summary import summary
 
 Row = dict[str, Any]
-ORDER = ("fail", "error", "known_failure", "pass", "not_applicable")
+ORDER = ("fail", "error", "unusual", "known_failure", "pass", "not_applicable")
 WORDS = {
     "pass": "holds", "fail": "fails", "error": "not measured", "known_failure": "fails as known",
-    "not_applicable": "not applicable",
+    "unusual": "unusual", "not_applicable": "not applicable",
 }  # fmt: skip
 ANSWERS = (
     "attention/hard_coded_growth",
@@ -25,9 +26,22 @@ ANSWERS = (
     "mlp/gain_share",
 )
 NEEDED = {"model", "law", "kind", "outcome", "reason", "value", "values", "band", "claim"}
+STEEP = 20.0  # times the smallest number that the largest of a strip is on a logarithmic scale
 LISTED = 12  # values of one law that its row of the table lists
 ACROSS = ""  # the model of a figure that is about all of them
-SIGNS = {"pass": "✓", "fail": "✗", "error": "!", "known_failure": "~", "not_applicable": "–"}
+SIGNS = {
+    "pass": "✓", "fail": "✗", "error": "!", "unusual": "≠", "known_failure": "~",
+    "not_applicable": "–",
+}  # fmt: skip
+FEW = 6  # models up to which laws are the rows of the matrix
+GROUPS = (  # of a model's laws: a title, and which rows it is about
+    ("Fail, or could not be measured", lambda row: row["outcome"] in ("fail", "error")),
+    ("Unusual: outside the range of real models", lambda row: row["outcome"] == "unusual"),
+    ("Fail as known", lambda row: row["outcome"] == "known_failure"),
+    ("Hold", lambda row: row["outcome"] == "pass"),
+    ("Measured, and claimed by no source of such a model", lambda row: row["value"] is not None),
+    ("Do not speak of this model", lambda row: True),
+)
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
@@ -82,7 +96,7 @@ def badge(rows: list[Row]) -> str:
 def page(rows: list[Row]) -> str:
     """One HTML file that needs no network."""
     environment = _environment()
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "strip": strip, "grouped": grouped}
     environment.globals |= {
         "words": WORDS,
         "signs": SIGNS,
@@ -90,6 +104,7 @@ def page(rows: list[Row]) -> str:
         "source_of": _source,
         "answers": ANSWERS,
         "LISTED": LISTED,
+        "FEW": FEW,
     }
     models = list(dict.fromkeys(row["model"] for row in rows))
     answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
@@ -98,6 +113,7 @@ def page(rows: list[Row]) -> str:
     made = environment.get_template("report.html").render(
         rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
         troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
+        unusual=[row for row in rows if row["outcome"] == "unusual"],
         models=models,
         answered=answered,
         ACROSS=ACROSS,
@@ -109,6 +125,49 @@ def page(rows: list[Row]) -> str:
         figures=drawn | ({ACROSS: [across]} if across else {}),
     )
     return str(made)
+
+
+def grouped(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """A model's rows by what became of them, each group by law."""
+    found: dict[str, list[Row]] = {title: [] for title, _ in GROUPS}
+    for row in sorted(rows, key=lambda row: str(row["law"])):
+        found[next(title for title, fits in GROUPS if fits(row))].append(row)
+    return [(title, group) for title, group in found.items() if group]
+
+
+def strip(row: Row) -> dict[str, Any] | None:
+    """Where a value lies beside its band, or beside the range of real models where it has none: the
+    mark and the ends of the box as percentages of the width, and what that says in words.
+
+    An open end of a band reaches to the edge. The scale is logarithmic where the numbers are
+    positive and of different sizes. None where there is nothing to be beside.
+    """
+    value, band, known = row["value"], row["band"], row.get("population")
+    if row["outcome"] == "unusual":
+        band = None  # which it keeps
+    if value is None or not (band or known):
+        return None
+    low, high = band if band else (known["low"], known["high"]) if known else (None, None)
+    given = [end for end in (value, low, high) if end is not None]
+    steep = min(given) > 0 and max(given) > STEEP * min(given)
+    places = {end: math.log(end) if steep else end for end in given}
+    first, last = min(places.values()), max(places.values())
+    room = (last - first) / 4 or 1.0
+
+    def place(end: float | None, edge: float) -> float:
+        if end is None:
+            return edge
+        return round(100 * (places[end] - first + room) / (last - first + 2 * room), 1)
+
+    of = f"{known['models']} real models" if known and not band else "band"
+    ends = [number(end) if end is not None else "open" for end in (low, high)]
+    return {
+        "mark": place(value, 0),
+        "low": place(low, 0),
+        "high": place(high, 100),
+        "says": f"{number(value)}; {of} {ends[0]} to {ends[1]}",
+        "kind": "band" if band else "range",
+    }
 
 
 def _environment() -> Any:

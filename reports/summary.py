@@ -3,8 +3,8 @@
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = ("pass", "fail", "error", "known_failure", "not_applicable")
-TITLES = ("holds", "fails", "not measured", "fails as known", "not applicable")
+COLUMNS = ("pass", "fail", "error", "unusual", "known_failure", "not_applicable")
+TITLES = ("holds", "fails", "not measured", "unusual", "fails as known", "not applicable")
 
 
 def summary(rows: list[Row]) -> str:
@@ -24,6 +24,9 @@ def summary(rows: list[Row]) -> str:
     for row in rows:
         if row["outcome"] == "fail":
             lines += _failure(row)
+    odd = [row for row in rows if row["outcome"] == "unusual"]
+    lines += ["", "## Unusual, which is no failure", ""] if odd else []
+    lines += [f"- {_text(row['model'])}, {row['law']}: {_text(row['reason'])}" for row in odd]
     for (model, reason), laws in _unmeasured(rows).items():
         named = laws[0] if len(laws) == 1 else f"{len(laws)} laws"
         lines += ["", f"## {named} could not be measured on {_text(model)}", "", _text(reason)]

@@ -302,8 +302,12 @@ class Record:
 
     @property
     def text_resid(self) -> np.ndarray:
-        """`resid` at text tokens. Raises NotApplicable for post-norm models."""
+        """`resid` at text tokens. Raises NotApplicable for post-norm models, and for a published
+        record of other tokens.
+        """
         self.require_pre_norm()
+        if alone := self.metadata.get("alone"):
+            raise NotApplicable(f"the record is of {alone} alone")
         return self.resid[:, self.is_text]
 
     def text(self, name: str) -> np.ndarray:
@@ -338,6 +342,13 @@ class Record:
             raise NotApplicable(
                 f"the record holds one number a layer: {self.metadata['aggregate']}"
             )
+
+    def require_typical(self) -> None:
+        """Raise NotApplicable for a published aggregate that a few tokens with massive activations
+        dominate, as root mean squares are; medians do not feel them.
+        """
+        if not self.metadata.get("median"):
+            self.require_tokens()
 
     @property
     def integrity(self) -> dict[str, list[str]]:

@@ -345,9 +345,9 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "residual/position_0",
         "gpt2",
         _without_plateau,
-        "norm of BOS over the largest of any text token",
+        "norm of position 0 over the largest of any text token",
     ),
-    ("residual/position_0", "gpt2", _without_fall, "last norm of BOS over its largest"),
+    ("residual/position_0", "gpt2", _without_fall, "last norm of position 0 over its largest"),
     (
         "residual/moments",
         "scale-off",
@@ -1200,7 +1200,5 @@ def test_without_a_norm_scale_blindness_would_fail() -> None:
     layout = probe_layout(model)
     for block in model.blocks:
         block.ln_2.forward = lambda x: x / 2**20
-    errors, _ = models.measure_group(
-        model, ScaleBlindness(model, layout, [1, 2, 3, 4])
-    )
+    errors, _ = models.measure_group(model, ScaleBlindness(model, layout, [1, 2, 3, 4]))
     assert errors["mlp_scale_error"].max() > 3 * layout.d_model * 2.0**-24 * 5

@@ -19,7 +19,7 @@ from streamgauge.record import Record
 
 @pytest.mark.phenomenon
 def test_exponential(record: Record, band: Band, check) -> None:
-    record.require_tokens()
+    record.require_typical()
     resid = record.text_resid
     window = measured_window(resid, band.window)
     r2 = log_linear_r2(resid, window)

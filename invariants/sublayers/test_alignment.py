@@ -22,6 +22,7 @@ from streamgauge.record import Record
 @pytest.mark.phenomenon
 def test_alignment(record: Record, band: Band, check) -> None:
     record.require_pre_norm()
+    record.require_tokens()  # medians of outputs and of the stream do not add up
     pre, post, attn, mlp = (
         record.text(f"stream/{name}").astype(float)
         for name in ("resid_pre", "resid_post", "attn_out", "mlp_out")

@@ -34,10 +34,16 @@ function matches(element, wanted) {
 
 function filter() {
   const wanted = Object.fromEntries(filters.map((select) => [select.dataset.filter, select.value]));
-  for (const row of document.querySelectorAll("tr[data-row], article[data-row]")) row.hidden = !matches(row, wanted);
+  for (const row of document.querySelectorAll("tr[data-row], article[data-row], li[data-row]")) row.hidden = !matches(row, wanted);
   for (const cell of document.querySelectorAll("td[data-row]")) cell.classList.toggle("faded", !matches(cell, wanted));
   for (const line of document.querySelectorAll(".matrix tr[data-model], section.model")) {
     line.hidden = Boolean(wanted.model) && line.dataset.model !== wanted.model;
+  }
+  for (const line of document.querySelectorAll(".upright tr[data-law]")) {
+    line.hidden = Boolean(wanted.law) && line.dataset.law !== wanted.law;
+  }
+  for (const group of document.querySelectorAll(".laws tbody")) {
+    group.hidden = !group.querySelector("tr[data-row]:not([hidden])");
   }
   for (const section of document.querySelectorAll("section.model")) {
     section.hidden = section.hidden || !section.querySelector("tr[data-row]:not([hidden])");
