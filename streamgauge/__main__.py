@@ -1,4 +1,5 @@
-"""The command line: `python -m streamgauge laws`, `measure`, `replay`, `diff` and `report`.
+"""The command line: `python -m streamgauge laws`, `measure`, `replay`, `diff`, `calibrate` and
+`report`.
 
 Audits themselves are run by pytest.
 """
@@ -134,6 +135,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     comparing.set_defaults(run=_diff)
 
+    calibrating = commands.add_parser(
+        "calibrate", help="bands of your own, from records of checkpoints that are sound"
+    )
+    calibrating.add_argument(
+        "records", type=Path, nargs="+", metavar="RECORD", help="FILE.safetensors of `measure`"
+    )
+    calibrating.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="as streamgauge.toml"
+    )
+    calibrating.add_argument(
+        "--rate",
+        type=float,
+        default=0.05,
+        help="the chance that a sound checkpoint fails in some law (default: 0.05)",
+    )
+    calibrating.set_defaults(run=_calibrate)
+
     reporting = commands.add_parser(
         "report", help="render rows.jsonl files as a page and a summary"
     )
@@ -236,6 +254,12 @@ def _diff(options: argparse.Namespace) -> int:
     )
     print("\n".join(lines))
     return FAILED if differing else 0
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from streamgauge.calibrate import calibrate
+
+    print("\n".join(calibrate(options.records, options.output, options.rate)))
 
 
 def _report(options: argparse.Namespace) -> None:

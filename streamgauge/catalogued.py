@@ -23,6 +23,11 @@ def location(name: str | Path) -> str | Path:
         return name
     catalogue = part("fixtures.catalogue")
     known = catalogue.models().get(name)
+    if known and not known.has_weights:
+        raise UnknownModelError(
+            f"of {known.id} published numbers alone are known here; name its weights by a folder "
+            "or a hub repository."
+        )
     if known:
         return known.folder or known.hub  # type: ignore[no-any-return]
     if not Path(name).exists() and "/" not in name:
