@@ -31,7 +31,7 @@ from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.circuits import Task
 from streamgauge.numerics.horizons import variants_of
 from streamgauge.numerics.rows import Prompts
-from streamgauge.progress import in_notebook
+from streamgauge.progress import PARTS, auditing, in_notebook
 from streamgauge.record import Record
 from streamgauge.store import Store
 
@@ -243,7 +243,10 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
     from streamgauge.plan import make_plan
 
     checkpoint, texts, wanted, show = asked.checkpoint, asked.texts, asked.wanted, asked.show
-    with reused(), Accounts() as accounts:
+    parts = [
+        name for name in PARTS if name in ("blocks", "predictions") or "neighbours" in wanted.groups
+    ]
+    with reused(), auditing(checkpoint.name, parts), Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
