@@ -139,14 +139,16 @@ def test_calibration_and_audit_share_no_prompt() -> None:
 def test_it_passes_its_own_audit(audit: Callable[..., Audit]) -> None:
     found = audit("--model", "pystdlib-3m")
     assert found.exit == 0, found.output
-    assert set(found.outcomes().values()) == {"pass", "not_applicable"}
+    # Of 3 million parameters, it does in some laws as no large model does.
+    assert set(found.outcomes().values()) == {"pass", "not_applicable", "unusual"}
 
 
 def test_a_copy_under_another_name_is_as_sound(audit: Callable[..., Audit], tmp_path: Path) -> None:
     copy = shutil.copytree(MODEL, tmp_path / "release-candidate")
     found = audit("--model", copy)
     assert found.exit == 0
-    assert set(found.outcomes().values()) == {"pass", "not_applicable"}
+    # Of 3 million parameters, it does in some laws as no large model does.
+    assert set(found.outcomes().values()) == {"pass", "not_applicable", "unusual"}
     row = found.row("residual/exponential")
     assert row["outcome"] == "not_applicable" and row["value"] == pytest.approx(0.8255, abs=5e-4)
 

@@ -385,12 +385,15 @@ def test_a_badge_counts_what_fails(rows: list[dict[str, Any]], says: str, colour
 
 
 def test_a_summary_counts_each_outcome_in_its_column() -> None:
-    rows = outcomes(**{"pass": 5, "fail": 2, "error": 1, "known_failure": 3, "not_applicable": 4})
+    rows = outcomes(
+        **{"pass": 5, "fail": 2, "error": 1, "unusual": 7, "known_failure": 3, "not_applicable": 4}
+    )
     other = [row | {"model": "other"} for row in outcomes(**{"pass": 6})]
     head, line, *cells = summary(rows + other).splitlines()[2:6]
-    assert head == "| model | holds | fails | not measured | fails as known | not applicable |"
-    assert cells == ["| it | 5 | 2 | 1 | 3 | 4 |", "| other | 6 | 0 | 0 | 0 | 0 |"]
-    assert line.count("---:") == 5
+    titles = "holds | fails | not measured | unusual | fails as known | not applicable"
+    assert head == f"| model | {titles} |"
+    assert cells == ["| it | 5 | 2 | 1 | 7 | 3 | 4 |", "| other | 6 | 0 | 0 | 0 | 0 | 0 |"]
+    assert line.count("---:") == 6
 
 
 def test_a_summary_says_a_cause_once() -> None:

@@ -73,7 +73,8 @@ def test_responses_are_those_of_the_matrices(
             t = math.log(2 * total / 1e-6)
             off = 2 * math.sqrt((squares**2).sum() * t / 256) + 2 * squares.max() * t / 256
             edges.append(off / squares.sum())
-    found = [value["value"] for value in row["values"]]
+    *found, drawn = [value["value"] for value in row["values"]]
+    assert 0 < drawn < 1  # the worst of the draws, in tolerances
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     worst = min(range(total), key=lambda n: edges[n] - abs(wanted[n] - 1))
     assert row["of"] == f"layer {worst // HEADS}, head {worst % HEADS}"
@@ -101,6 +102,8 @@ def test_amplification_is_that_of_the_matrices(
         for values in ratios.values():
             wanted.append(max(values))
             where.append(f"layer {layer}, head {values.index(max(values))}")
-    np.testing.assert_allclose([value["value"] for value in row["values"]], wanted, rtol=1e-6)
-    assert [value["of"] for value in row["values"]] == where
+    *fixed, drawn = row["values"]
+    np.testing.assert_allclose([value["value"] for value in fixed], wanted, rtol=1e-6)
+    assert [value["of"] for value in fixed] == where
+    assert max(wanted[2::3]) < drawn["value"] <= 1
     assert row["band"] == [None, pytest.approx(1 + 8 * WIDTH * D_HEAD * 2.0**-53, rel=1e-15)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from streamgauge.engine.clean_runs import token_losses
 from streamgauge.engine.gradients import loss_gradient, through_block
 from streamgauge.engine.parts import Parts
 from streamgauge.engine.repairs import REPAIRS, repaired, repairs_of
@@ -185,8 +186,8 @@ def test_rows_of_other_lengths_do_not_change_a_row() -> None:
     rows = [[1, *range(5, 5 + n)] for n in (3, 9, 30)]
     text = Text(rows, rows, "rows")
     search = Search(model, text, to_the_end=False, show=False)
-    together = search._run_blocks([], rows)
-    alone = [float(search._run_blocks([], [row])[0]) for row in rows]
+    together = search._run_blocks([], *search._padded(rows))
+    alone = [float(search._run_blocks([], *search._padded([row]))[0]) for row in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     logits = model.mapped.model(input_ids=torch.tensor(rows[2:])).logits[0, :-1]
     plain = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[2][1:]), reduction="sum")
@@ -205,7 +206,7 @@ def test_a_candidate_runs_as_a_model_that_was_changed_so() -> None:
         neighbours.Candidate("layers exchanged", 0),
         neighbours.Candidate("without layer", 1),
     ]
-    search._run_blocks(chosen, rows)
+    search._run_blocks(chosen, *search._padded(rows))
     for candidate in chosen:
         plain = models.random_model("llama")
         plain.load_state_dict({n: t.clone() for n, t in model.mapped.stored.items()}, strict=False)
@@ -251,6 +252,32 @@ def _change(model: Any, kind: str, layer: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("every", [2, 3])
+def test_losses_of_some_positions_are_those_of_all(every: int) -> None:
+    """Where the vocabulary is large they are read off every second or third position alone."""
+    model = noisy("gpt2")
+    batch = models.run(model, IDS)
+    losses = token_losses(model, IDS, batch.stream)
+    few = token_losses(model, IDS, batch.stream, every)
+    np.testing.assert_allclose(few, losses[:, every - 1 :: every], rtol=1e-5)
+    some = logits_of(model.mapped, IDS, every)
+    assert torch.allclose(some, logits_of(model.mapped, IDS)[:, every - 1 :: every], atol=1e-5)
+    assert token_losses(model, IDS[:, :1], batch.stream[:, :1]).shape == (len(IDS), 0)
+
+
+@torch.no_grad()
+def test_a_large_vocabulary_is_read_off_few_positions() -> None:
+    model = noisy("llama")
+    rows = [[1, *range(5, 35)]] * 30
+    search = Search(model, Text(rows, rows, "rows"), to_the_end=False, show=False)
+    assert search.every == 1
+    search.every = 3
+    ids, counted = search._padded(rows[:2])
+    assert counted.shape == (2, 10)
+    assert search._run_blocks([], ids, counted).shape == (2,)
+
+
+@torch.no_grad()
 def test_a_variant_runs_as_transformers_runs_it() -> None:
     model = noisy("gpt2")
     by_name = {variant.name: variant for variant in variants_of(model.mapped)}
@@ -272,7 +299,7 @@ def test_a_variant_runs_as_transformers_runs_it() -> None:
         other.load_state_dict(state, strict=False)
         with in_place(model.mapped, by_name[name]) as changed:
             found = logits_of(changed, IDS)
-        assert torch.allclose(found, other(input_ids=IDS).logits, atol=1e-4), name
+        assert torch.allclose(found, other(input_ids=IDS).logits[:, :-1], atol=1e-4), name
         assert not torch.allclose(found, sound, atol=1e-3)
     assert torch.equal(logits_of(model.mapped, IDS), sound)
 

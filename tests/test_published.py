@@ -150,7 +150,7 @@ def test_gpt2_grows_faster_than_exponentially(audit: Auditing) -> None:
     found = audit(
         "--model", "gpt2", "--model", "distilgpt2", "--published", "-k", "super_exponential"
     )
-    outcomes = {row["model"]: row["outcome"] for row in found.rows}
+    outcomes = {r["model"]: r["outcome"] for r in found.rows if r["outcome"] != "not_applicable"}
     assert outcomes == {
         "gpt2:rms": "pass",
         "gpt2:58-prompts": "pass",

@@ -7,6 +7,7 @@ A draw that breaks a law is then made as small as it can be, with walks of its o
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from streamgauge.errors import CheckpointError
 from streamgauge.groups.reasons import NO_LN1, POST_NORM
 from streamgauge.groups.stream import StreamMeter
 from streamgauge.groups.sublayers import ScaleBlindness, is_scale_blind
-from streamgauge.numerics.draws import NO_NUMBER, TWINS, Draw, broken, worst
+from streamgauge.numerics.draws import LAWS, NO_NUMBER, TWINS, Draw, broken, worst
 from streamgauge.numerics.rounding import (
     additivity_rounding,
     beyond_contributions,
@@ -50,9 +51,16 @@ NOT_DRAWN = {
     "cache": "transformers runs it with no cache of keys and values",
     "attention_implementation": "transformers has one implementation of its attention",
 }
+# Parameters that choose among others, by the ends of their modules' names.
+CHOOSING = re.compile(r"router|expert|indexer")
+CHOOSES = "it chooses among experts or tokens, and rounding alone may turn a choice"
 FEW = 4  # draws that are rescaled, and that the whole model is run on: the shortest, the longest
 COPIES = 3  # of a draw: itself, with another end, with noise
 UNPERMUTED = ("alibi", "position_bias")  # what tells heads from each other beside their weights
+
+
+# Laws that compare two runs, which rounding may send different ways.
+COMPARED = [law for law in LAWS if law not in ("additivity", "contribution_bound")]
 
 
 class DrawsGroup:
@@ -77,14 +85,16 @@ class DrawsGroup:
             for batch, rows in enumerate(self.run.members)
             for n, row in enumerate(rows)
         }
+        names = (name for layer in range(model.n_layers) for name in model.names_in(layer))
+        self.chooses = any(CHOOSING.search(name) for name in names)
         by_length = sorted(range(len(draws)), key=lambda n: len(draws[n].ids))
         self.few = [*by_length[:1], *by_length[1:][1 - FEW :]]
         self.blind = (
             [ScaleBlindness(model, layout, list(draws[n].ids)) for n in self.few]
-            if is_scale_blind(layout)
+            if is_scale_blind(layout) and not self.chooses
             else []
         )
-        self.twins = [model.enter([list(draw.ids)]) for draw in draws]
+        self.twins = [model.enter([list(draw.ids)]) for draw in draws] if not self.chooses else []
         self.generator = torch.Generator().manual_seed(0)
         shape = (len(draws), model.n_layers)
         self.ratios = {name: np.full(shape, -1.0) for name in ("causality", *TWINS)}
@@ -95,6 +105,8 @@ class DrawsGroup:
         self.run.visit(layer)
         for blind in self.blind:
             blind.visit(layer)
+        if self.chooses:
+            return
         parts = Parts(
             self.model.blocks[layer],
             self.model.anatomies[layer],
@@ -114,12 +126,13 @@ class DrawsGroup:
     def found(self) -> Found:
         """Arrays of the group, and why others are absent."""
         arrays = dict(self.ratios) | self._of_streams() | self._of_scale() | self._of_the_whole()
+        reasons = dict.fromkeys(COMPARED, CHOOSES) if self.chooses else NOT_DRAWN
         kept = {
             name: np.nan_to_num(ratios, nan=NO_NUMBER, posinf=NO_NUMBER)
             for name, ratios in arrays.items()
             if (ratios != -1).any()
         }
-        return kept, {name: why for name, why in NOT_DRAWN.items() if name not in kept}
+        return kept, {name: why for name, why in reasons.items() if name not in kept}
 
     def _stream(self, draw: int, copy: int) -> "torch.Tensor":
         batch, n = self.place[COPIES * draw + copy]
@@ -184,8 +197,8 @@ class DrawsGroup:
         clean = [self._stream(n, 0) for n in self.few]
         noisy = [self._stream(n, 2) for n in self.few]
         allowed = [self._allowed(b, a) for a, b in zip(clean, noisy, strict=True)]
-        found = {}
-        for name, run in WAYS.items():
+        found: dict[str, np.ndarray] = {}
+        for name, run in WAYS.items() if not self.chooses else ():
             streams = None
             # What a way needs may be missing in this architecture.
             with contextlib.suppress(*strange(CheckpointError, NotImplementedError)):

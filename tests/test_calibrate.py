@@ -1,0 +1,98 @@
+"""Bands of one's own: what `python -m streamgauge calibrate` makes of sound records, and how often
+another sound one then fails.
+"""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from streamgauge.numerics.calibration import calibrated, prediction_interval
+from tests.conftest import ROOT
+
+HISTORY = ROOT / "fixtures" / "bundled" / "history"
+LATE = [HISTORY / f"step-{n:05}.safetensors" for n in (700, 1200, 2000, 2800, 3500)]
+Running = Callable[..., Any]
+
+
+def test_an_interval_holds_another_draw_as_often_as_it_says() -> None:
+    dice = np.random.default_rng(0)
+    for n in (4, 6, 12):
+        draws = dice.normal(-3, 2, (4000, n + 1))
+        inside = [
+            low <= row[-1] <= high
+            for row in draws
+            for low, high in [prediction_interval(row[:-1], 0.1)]
+        ]
+        assert np.mean(inside) == pytest.approx(0.9, abs=3 * (0.9 * 0.1 / 4000) ** 0.5)
+
+
+def test_an_interval_is_students_and_of_logarithms_where_all_are_positive() -> None:
+    values = np.array([-1.0, 0.5, 0.2, 1.5])
+    reach = scipy.stats.t.ppf(0.995, 3) * values.std(ddof=1) * 1.25**0.5
+    found = prediction_interval(values, 0.01)
+    assert found == pytest.approx((values.mean() - reach, values.mean() + reach), rel=1e-6)
+    low, high = prediction_interval(np.exp(values), 0.01)
+    assert (np.log(low), np.log(high)) == pytest.approx(found, rel=1e-6)
+
+
+def test_leaving_out_finds_the_one_that_lies_elsewhere() -> None:
+    assert calibrated(np.array([1.0, 1.01, 1.02, 0.99, 1.0, 30.0]), 0.01).outside == (5,)
+    assert calibrated(np.array([1.0, 1.01, 1.02, 0.99, 1.0]), 0.01).outside == ()
+
+
+def test_bands_of_steps_pass_one_among_them_and_fail_an_early_one(
+    run_streamgauge: Running, run_pytest: Running, tmp_path: Path
+) -> None:
+    own = tmp_path / "streamgauge.toml"
+    done = run_streamgauge("calibrate", *LATE[:2], *LATE[3:], "-o", own)
+    assert done.returncode == 0, done.stderr
+    bands = {band["law"]: band for band in tomllib.loads(own.read_text())["band"]}
+    assert "residual/growth_rate" in bands
+    assert bands["residual/growth_rate"]["layers"] == [2, 13]
+    assert "but for a chance of 0.05" in bands["residual/growth_rate"]["source"]
+    assert "by chance 5% of sound checkpoints fail" in done.stdout
+
+    def failing(record: Path) -> set[str]:
+        found = run_pytest(
+            ROOT / "invariants", "--rootdir", tmp_path, "--record", record, "-q", "-p", "no:xdist"
+        )
+        lines = found.stdout.splitlines()
+        return {line.split("::test_")[1].split("[")[0] for line in lines if "FAILED" in line}
+
+    assert failing(LATE[2]) == set()
+    assert "growth_rate" in failing(HISTORY / "step-00100.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (LATE[:3], "3 records are too few"),
+        ([*LATE, "--rate", "2"], "no chance between 0 and 1"),
+        ([*LATE[:3], ROOT / "README.md"], "README.md"),
+        ([*LATE[:3], "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(
+    arguments: list[Any], said: str, run_streamgauge: Running, tmp_path: Path
+) -> None:
+    done = run_streamgauge("calibrate", *arguments, "-o", tmp_path / "streamgauge.toml")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "streamgauge.toml").exists()
+
+
+def test_somebody_elses_settings_are_not_overwritten(
+    run_streamgauge: Running, tmp_path: Path
+) -> None:
+    own = tmp_path / "streamgauge.toml"
+    own.write_text('[[leave_out]]\nlaw = "residual/spread"\nreason = "mine"\n')
+    done = run_streamgauge("calibrate", *LATE, "-o", own)
+    assert done.returncode == 1
+    assert "was written by somebody else" in done.stderr
+    assert "mine" in own.read_text()
