@@ -24,6 +24,8 @@ stream/mid_dot_mlp                (n_layers, n_tok)      inner product of resid_
                                                          resid_pre in parallel blocks)
 stream/additivity_error           (n_layers, n_tok)      norm of resid_post - resid_pre - attn_out
                                                          - mlp_out
+stream/largest                    (n_layers, n_tok)      largest number, raw, in any of these
+                                                         vectors
 stream/ln1_scale                  (n_layers, n_tok)      what the first norm of the block divides
                                                          by, read off its output
 stream/ln1_residual               (n_layers, n_tok)      relative part of that norm's output that
@@ -150,7 +152,7 @@ from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreErr
 FORMAT = "streamgauge-record-1"
 STREAM = (
     "resid_pre resid_mid resid_post attn_out mlp_out other_out pre_dot_attn mid_dot_mlp "
-    "additivity_error ln1_scale ln1_residual prompt position is_bos is_padding"
+    "additivity_error largest ln1_scale ln1_residual prompt position is_bos is_padding"
 )
 WEIGHTS = (
     "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O "
