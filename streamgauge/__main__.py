@@ -111,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     replaying.add_argument("law", help=f"one of {', '.join(LAWS)}")
     replaying.add_argument("--tokens", required=True, metavar="IDS", help="as 17,3,3")
     replaying.add_argument("--kept", type=int, default=1, help="tokens that another text shares")
-    replaying.add_argument("--twin", choices=TWINS, default=TWINS[0], help="what changes places")
-    replaying.add_argument("--seed", type=int, default=0, help="of the permutation")
+    replaying.add_argument("--seed", type=int, default=0, help="of what changes places")
     replaying.set_defaults(run=_replay)
 
     comparing = commands.add_parser(
@@ -215,7 +214,8 @@ def _replay(options: argparse.Namespace) -> int:
     from streamgauge.replay import replay
 
     checkpoint = open_checkpoint(location(options.model), allow_pickle=options.allow_pickle)
-    draw = Draw(ids, options.kept, options.twin, options.seed)
+    twin = options.law if options.law in TWINS else TWINS[0]
+    draw = Draw(ids, options.kept, twin, options.seed)
     ratio, layer = replay(checkpoint, options.law, draw, options.device)
     print(f"{LAWS[options.law]}: {ratio:.4g} times what rounding explains, layer {layer}")
     return FAILED if ratio > 1 else 0
@@ -243,6 +243,7 @@ def _diff(options: argparse.Namespace) -> int:
             prompts=options.prompts,
             device=options.device,
             neighbours="none",
+            draws=0,
             rows=rows,
             show=True,
         )

@@ -17,6 +17,22 @@ from streamgauge.numerics.calibration import LEAST, calibrated
 from streamgauge.record import Record
 
 HEAD = "# Bands that `python -m streamgauge calibrate` made; run it again rather than edit them.\n"
+# Laws whose values may be negative by what they are: slopes, shares, and R² of a line that falls.
+SIGNED = (
+    "attention/spectral_trajectory",
+    "attention/gain_share",
+    "attention/hard_coded_growth",
+    "mlp/gain_share",
+    "mlp/hard_coded_growth",
+    "mlp/resampled_activation_rate",
+    "predictions/beats_unigram",
+    "predictions/best_of_its_neighbours",
+    "residual/exponential",
+    "residual/spread",
+    "residual/super_exponential",
+    "weights/gains_vary",
+    "weights/repeated_blocks",
+)
 Rows = dict[str, dict[str, Any]]  # of one record, by law
 Values = dict[str, dict[str, list[float]]]  # by law and quantity, one a record
 
@@ -25,9 +41,41 @@ def calibrate(records: Sequence[Path], output: Path, rate: float) -> list[str]:
     """Write bands within which another checkpoint of the kind of these lies in all laws, but for a
     chance of `rate`. Returns what there is to say of it, line by line.
 
-    Raises SettingsError for too few records, a rate that is none, or a file that is somebody's own;
-    RecordError for what is no record.
+    Raises SettingsError for too few records, or one that is there twice, a rate that is none, or an
+    output that cannot be written or is somebody's own; RecordError for what is no record.
     """
+    _refuse(records, output, rate)
+    by_record = [_audited(path) for path in records]
+    values = _values(by_record)
+    level = rate / max(1, sum(map(len, values.values())))
+    bands, said = {}, []
+    for law, by_what in values.items():
+        band = _band(law, by_what, level, [path.stem for path in records])
+        if isinstance(band, str):
+            said.append(f"{law}: no band, as {band}")
+        else:
+            bands[law] = band
+    windows = {law: by_record[0][law]["layers"] for law in bands}
+    source = (
+        f"calibrated on {len(records)} checkpoints ({', '.join(p.stem for p in records)}): where "
+        f"another one lies in all of these laws, but for a chance of {rate:g} (Student's t)"
+    )
+    # Laws that state a bound of their own beside the band may refuse what the band allows.
+    for path in records:
+        rows = _audited(path, _toml(bands, windows, source))
+        for law in [law for law in bands if rows[law]["outcome"] == "fail"]:
+            del bands[law]
+            said.append(
+                f"{law}: no band, as the law has a bound of its own that {path.stem} breaks"
+            )
+    if not bands:
+        raise SettingsError("no law has values in all of these records that could make a band.")
+    output.write_text(HEAD + "\n" + _toml(bands, windows, source), encoding="utf-8")
+    said += [f"{law}: {low:.4g} to {high:.4g}" for law, (low, high) in bands.items()]
+    return [*said, f"{output}: {len(bands)} bands; by chance {rate:.0%} of sound checkpoints fail"]
+
+
+def _refuse(records: Sequence[Path], output: Path, rate: float) -> None:
     if not 0 < rate < 1:
         raise SettingsError(f"--rate {rate} is no chance between 0 and 1; 0.05 is usual.")
     if len(records) < LEAST:
@@ -35,44 +83,45 @@ def calibrate(records: Sequence[Path], output: Path, rate: float) -> list[str]:
             f"{len(records)} records are too few to say where another checkpoint lies; give "
             f"{LEAST} or more, of other releases, seeds or late steps of training."
         )
-    if output.exists() and not output.read_text(encoding="utf-8").startswith(HEAD):
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise SettingsError(f"{output} is no file that can be written; name one with -o.")
+    if output.exists() and not output.read_bytes().startswith(HEAD.encode()):
         raise SettingsError(f"{output} was written by somebody else; name another file with -o.")
     loaded = [Record.load(path) for path in records]
     if len({record.n_layers for record in loaded}) > 1:
         raise RecordError("the records are of models of different depth; calibrate each by itself.")
-    by_record = [_audited(path) for path in records]
-    values = _values(by_record)
-    source = (
-        f"calibrated on {len(records)} checkpoints ({', '.join(p.stem for p in records)}): where "
-        f"another one lies in all of these laws, but for a chance of {rate:g} (Student's t)"
+    seen: dict[str, Path] = {}
+    for path, record in zip(records, loaded, strict=True):
+        twice = seen.setdefault(str(record.metadata.get("weights_sha256") or path.absolute()), path)
+        if twice is not path:
+            raise SettingsError(f"{twice} and {path} are of the same weights; give each once.")
+
+
+def _band(
+    law: str, by_what: dict[str, list[float]], level: float, names: Sequence[str]
+) -> tuple[float, float] | str:
+    """The interval of all quantities of a law, or why there is none."""
+    found = [
+        calibrated(np.array(v), level, ratios=law not in SIGNED and min(v) > 0)
+        for v in by_what.values()
+    ]
+    missed = sorted({names[n] for one in found for n in one.outside})
+    if missed:
+        return f"{', '.join(missed)} lies outside that of the others"
+    if max(one.low for one in found) > min(one.high for one in found):
+        return "its quantities lie apart, and a law has one band"
+    return min(one.low for one in found), max(one.high for one in found)
+
+
+def _toml(
+    bands: dict[str, tuple[float, float]], windows: dict[str, list[int] | None], source: str
+) -> str:
+    return "\n".join(
+        f"[[band]]\nlaw = {json.dumps(law)}\nlow = {low!r}\nhigh = {high!r}\n"
+        + (f"layers = {windows[law]}\n" if windows[law] else "")
+        + f"source = {json.dumps(source, ensure_ascii=False)}\n"
+        for law, (low, high) in bands.items()
     )
-    level = rate / max(1, sum(map(len, values.values())))
-    entries, said = {}, []
-    for law, by_what in values.items():
-        found = {w: calibrated(np.array(v), level) for w, v in by_what.items()}
-        missed = sorted({records[n].stem for one in found.values() for n in one.outside})
-        if missed:
-            said.append(f"{law}: no band, as {', '.join(missed)} lies outside that of the others")
-            continue
-        low, high = min(f.low for f in found.values()), max(f.high for f in found.values())
-        layers = by_record[0][law]["layers"]
-        entries[law] = (
-            f"[[band]]\nlaw = {json.dumps(law)}\nlow = {low!r}\nhigh = {high!r}\n"
-            + (f"layers = {layers}\n" if layers else "")
-            + f"source = {json.dumps(source, ensure_ascii=False)}\n"
-        )
-        said.append(f"{law}: {low:.4g} to {high:.4g}")
-    # Laws that state a bound of their own beside the band may refuse what the band allows.
-    again = [_audited(path, "\n".join(entries.values())) for path in records]
-    for law in sorted({law for rows in again for law in entries if rows[law]["outcome"] == "fail"}):
-        del entries[law]
-        said = [line for line in said if not line.startswith(f"{law}:")]
-        said.append(f"{law}: no band, as the law has a bound of its own that these break")
-    if not entries:
-        raise SettingsError("no law has values in all of these records that differ at all.")
-    output.write_text(HEAD + "\n" + "\n".join(entries.values()), encoding="utf-8")
-    ending = f"{len(entries)} bands; by chance {rate:.0%} of sound checkpoints fail"
-    return [*said, f"{output}: {ending}"]
 
 
 def _values(by_record: Sequence[Rows]) -> Values:

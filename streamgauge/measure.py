@@ -243,10 +243,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
     from streamgauge.plan import make_plan
 
     checkpoint, texts, wanted, show = asked.checkpoint, asked.texts, asked.wanted, asked.show
-    parts = [
-        name for name in PARTS if name in ("blocks", "predictions") or "neighbours" in wanted.groups
-    ]
-    with reused(), auditing(checkpoint.name, parts), Accounts() as accounts:
+    with reused(), auditing(checkpoint.name) as audit, Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
@@ -265,6 +262,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
         missing = [name for name in wanted.groups if name not in kept]
         if missing and "instrument" not in missing:
             missing = ["instrument", *missing]
+        audit.parts = [part for part in PARTS if "repairs" not in part or "neighbours" in missing]
         tensors = Tensors(model, with_sketches="sketch" in missing)
         plan = None
         if rows is not None:
@@ -288,6 +286,7 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
             lines = tensors.problems["not_finite"]
             why = f"the weights are not finite: {lines[0]}" if lines else why
             metadata["failed"] = dict.fromkeys(wanted.groups, why)
+            metadata["draws"] = {"asked": wanted.draws}
         else:
             metadata |= _said_of(plan.rows, texts)
             arrays = _take_all(plan, tensors, asked, known, metadata, accounts)
@@ -310,8 +309,9 @@ def _take_all(
     metadata["matrices"] = _matrices(plan.visitors, known)
     found = results(plan, tensors, asked.checkpoint, wanted.tasks, repairs, accounts, asked.show)
     metadata |= plan.said
-    if "draws" in metadata:
-        metadata["draws"]["asked"] = wanted.draws
+    metadata["failed"] |= plan.failed
+    if "draws" in plan.missing:
+        metadata["draws"] = metadata.get("draws", {}) | {"asked": wanted.draws}
     arrays: dict[str, np.ndarray] = {}
     if known is not None:
         kept = [name for name in wanted.groups if name not in plan.missing]

@@ -63,7 +63,7 @@ class Plan:
     """The visitors of one walk by name, and what they share.
 
     bridge: TransformerLens's, None where it has none for this model or nobody needs it. said: what
-    the metadata say of what was found.
+    the metadata say of what was found. failed: arrays that could not be measured, and why.
     """
 
     model: Blockwise
@@ -74,6 +74,7 @@ class Plan:
     no_bridge: str | None
     visitors: dict[str, Group] = field(default_factory=dict)
     said: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def needs(self, *names: str) -> bool:
         """Whether one of these groups is missing."""
@@ -191,6 +192,7 @@ def results(
             found[name] = visitor.found()
             if isinstance(visitor, draws.DrawsGroup):
                 plan.said["draws"] = draws.examples(visitor, found[name][0], plan.rows)
+                plan.failed |= {f"draws/{law}": why for law, why in visitor.failed.items()}
         give_back()
     if plan.needs("patching"):
         with accounts.of("patching"):

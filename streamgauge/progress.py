@@ -16,10 +16,11 @@ PARTS = {"blocks": 46.0, "predictions": 20.0, "screening repairs": 22.0, "racing
 
 
 class Audit:
-    """A whole audit of one model, in parts of PARTS that follow each other."""
+    """A whole audit of one model, in parts of PARTS that follow each other, once they are known."""
 
-    def __init__(self, model: str, parts: Sequence[str]) -> None:
-        self.model, self.parts = model, parts
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.parts: Sequence[str] = ()
         self.taken: dict[str, float] = {}  # seconds, or an estimate for the part under way
 
     def left(self, part: str, elapsed: float, share: float) -> float:
@@ -34,11 +35,11 @@ _audits: list[Audit] = []  # under way; of several, one within another, the last
 
 
 @contextlib.contextmanager
-def auditing(model: str, parts: Sequence[str]) -> Iterator[None]:
-    """Let what is tracked meanwhile name the model, and say when all these parts will be over."""
-    _audits.append(Audit(model, parts))
+def auditing(model: str) -> Iterator[Audit]:
+    """Let what is tracked meanwhile name the model, and say when all parts will be over."""
+    _audits.append(Audit(model))
     try:
-        yield
+        yield _audits[-1]
     finally:
         _audits.pop()
 

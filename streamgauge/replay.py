@@ -13,9 +13,10 @@ def replay(checkpoint: Checkpoint, law: str, draw: Draw, device: str = "cpu") ->
     put to this model.
     """
     from streamgauge.engine.blockwise import Blockwise
+    from streamgauge.engine.forward import walk
     from streamgauge.engine.layout import probe_layout
     from streamgauge.engine.load import context_length, load_model
-    from streamgauge.groups.draws import NOT_DRAWN, ratios_of
+    from streamgauge.groups.draws import DrawsGroup
 
     model = Blockwise(load_model(checkpoint, device).mapped)
     context = context_length(model.mapped.model.config)
@@ -26,7 +27,10 @@ def replay(checkpoint: Checkpoint, law: str, draw: Draw, device: str = "cpu") ->
         )
     if not 1 <= draw.kept <= len(draw.ids):
         raise PromptError(f"--kept {draw.kept} is not between 1 and {len(draw.ids)} tokens.")
-    ratios = ratios_of(model, probe_layout(model), draw, law)
-    if (ratios == -1).all():
-        raise NotApplicable(NOT_DRAWN.get(law, "this law cannot be put to it"))
-    return worst(ratios)
+    group = DrawsGroup(model, probe_layout(model), [draw], [law])
+    walk(model, {"draws": group})
+    arrays, absent = group.found()
+    if law not in arrays:
+        why = absent.get(law) or group.failed.get(law) or "none of its layers can be put to it"
+        raise NotApplicable(f"{law} cannot be put to {checkpoint.name}: {why}.")
+    return worst(arrays[law])

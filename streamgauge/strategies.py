@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from streamgauge.numerics.draws import TWINS, Draw, HeadDraw
 
 T = TypeVar("T")
-PROFILES = {"audit": 100, "thorough": 3000}  # draws of each law that needs the weights alone
-FORWARD = 10  # for so many of these one goes through the model
-LONGEST = {"audit": 128, "thorough": 4096}  # tokens of a drawn sequence, where the context has them
+PROFILES = {"audit": 40, "thorough": 1200}  # draws of each law that needs the weights alone
+FORWARD = 4  # for so many of these one goes through the model
+LONGEST = {"audit": 128, "thorough": 1024}  # tokens of a drawn sequence, where the context has them
 MANY = 64  # draws from which sequences may be as long as in `thorough`
 
 

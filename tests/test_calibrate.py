@@ -36,7 +36,7 @@ def test_an_interval_is_students_and_of_logarithms_where_all_are_positive() -> N
     reach = scipy.stats.t.ppf(0.995, 3) * values.std(ddof=1) * 1.25**0.5
     found = prediction_interval(values, 0.01)
     assert found == pytest.approx((values.mean() - reach, values.mean() + reach), rel=1e-6)
-    low, high = prediction_interval(np.exp(values), 0.01)
+    low, high = prediction_interval(np.exp(values), 0.01, ratios=True)
     assert (np.log(low), np.log(high)) == pytest.approx(found, rel=1e-6)
 
 
@@ -75,6 +75,7 @@ def test_bands_of_steps_pass_one_among_them_and_fail_an_early_one(
         ([*LATE, "--rate", "2"], "no chance between 0 and 1"),
         ([*LATE[:3], ROOT / "README.md"], "README.md"),
         ([*LATE[:3], "nowhere.safetensors"], "nowhere.safetensors"),
+        ([*LATE, LATE[0]], "of the same weights"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(

@@ -6,21 +6,25 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import streamgauge
+from fixtures.draws import draws_through_model
 from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.forward import walk
 from streamgauge.engine.layout import probe_layout
 from streamgauge.engine.load import load_model
+from streamgauge.engine.mapped import Mapped
 from streamgauge.groups.draws import draws_group, examples
+from streamgauge.measure import DRAWS as DRAWS_OF_AN_AUDIT
 from streamgauge.measure import GROUPS, Wanted, current_groups
 from streamgauge.numerics.draws import LAWS, NO_NUMBER, TWINS, Draw
 from streamgauge.numerics.rows import Prompts
@@ -214,25 +218,98 @@ def test_a_head_that_only_draws_find(
 def test_a_failing_draw_is_said_with_what_replays_it(
     audit: Callable[..., Audit], tmp_path: Path
 ) -> None:
-    record = streamgauge.measure(BUNDLED, groups=["draws"])
+    law = "attention/heads_have_no_order"
+    audit("--model", BUNDLED, "-k", "heads_have")
+    (path,) = (tmp_path / "store").rglob("*.safetensors")
+    record = Record.load(path)
     example = {"ids": list(range(12)), "kept": 3, "twin": "heads", "seed": 0, "layer": 4}
     said = record.metadata["draws"] | {"examples": {"heads": example | {"ratio": 7.5}}}
     broken = replace(record, metadata=record.metadata | {"draws": said})
-    broken.arrays["draws/heads"][0, 4] = 7.5
-    broken.save(tmp_path / "it.safetensors")
-    row = audit("--record", tmp_path / "it.safetensors", "-k", "heads_have").row(
-        "attention/heads_have_no_order"
-    )
-    assert row["outcome"] == "fail"
-    assert row["value"] == 7.5
+    broken.arrays["draws/heads"][0, 4] = 8.5
+    broken.save(path)
+    found = audit("--model", BUNDLED, "-k", "heads_have")
+    row = found.row(law)
+    assert (row["outcome"], row["value"]) == ("fail", 8.5)
     assert "12 tokens, 0, 1, 2, 3, 4, 5, 6, 7, …, first at layer 4" in row["of"]
-    (line,) = row["details"]
-    assert line.startswith("replay: python -m streamgauge replay MODEL heads --tokens 0,1,2,3")
+    again = "heads --tokens 0,1,2,3,4,5,6,7,8,9,10,11 --kept 3 --seed 0"
+    assert f"replay: python -m streamgauge replay {BUNDLED} {again}" in found.output
 
 
-@pytest.mark.parametrize(("count", "profile"), [(10, None), (300, "thorough")])
-def test_profiles_say_how_many(count: int, profile: str | None) -> None:
-    assert PROFILES[profile or "audit"] // 10 == count
+def test_a_fault_that_needs_other_rows_is_kept(folder: Path) -> None:
+    """A draw by itself does not show it; what was found counts."""
+
+    def leaks(model: Blockwise) -> None:
+        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+            if len(output) > 3:
+                output += 1e-3 * output[:1]
+
+        model.blocks[LAYER].mlp.register_forward_hook(hook)
+
+    arrays, found = drawn(folder, leaks)
+    assert arrays["batch"].max() > 1
+    assert found["batch"]["ratio"] > 1
+
+
+def test_what_ends_in_an_error_is_no_pass(folder: Path) -> None:
+    model = Blockwise(load_model(open_checkpoint(folder), "cpu").mapped)
+
+    def fails(module: Any, args: Any, kwargs: Any) -> None:
+        if any(isinstance(one, Cache) for one in (*args, *kwargs.values())):
+            raise RuntimeError("out of memory")
+
+    model.blocks[LAYER].register_forward_pre_hook(fails, with_kwargs=True)
+    group = draws_group(model, probe_layout(model), TEXTS, 6)
+    walk(model, {"draws": group})
+    arrays, absent = group.found()
+    assert "cache" not in arrays
+    assert "cache" not in absent
+    assert group.failed == {"cache": "RuntimeError: out of memory"}
+
+
+UNLIKE = {  # heads that are told from each other, or lie otherwise than one would think
+    "codegen": lambda: tf.CodeGenConfig(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8
+    ),
+    "gpt_bigcode": lambda: tf.GPTBigCodeConfig(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, multi_query=False
+    ),
+    "stablelm": lambda: tf.StableLmConfig(**models.GROUPED, qk_layernorm=True),
+    "diffllama": lambda: tf.DiffLlamaConfig(**models.GROUPED, head_dim=8),
+    "falcon": lambda: tf.FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "roberta": lambda: tf.RobertaConfig(
+        **models.LLAMA | {"max_position_embeddings": 66}, is_decoder=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*models.ARCHITECTURES, *UNLIKE])
+def test_no_sound_architecture_breaks_a_law(name: str) -> None:
+    torch.manual_seed(0)
+    config = UNLIKE[name]() if name in UNLIKE else models.ARCHITECTURES[name].config()
+    config._attn_implementation = "eager"
+    plain = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model = Blockwise(Mapped.of(plain))
+    group = draws_group(model, probe_layout(model), TEXTS, DRAWS)
+    walk(model, {"draws": group})
+    arrays, absent = group.found()
+    assert not group.failed
+    assert arrays.keys() | absent.keys() | {"batch"} >= LAWS.keys()
+    for law, ratios in arrays.items():
+        assert ratios.max() < 0.5, law
+
+
+def test_profiles_say_how_many() -> None:
+    found = []
+    for profile in (None, "audit", "thorough"):
+        config = SimpleNamespace(getoption=lambda *names, profile=profile: profile)
+        found.append(draws_through_model(cast(pytest.Config, config)))
+    assert found == [DRAWS_OF_AN_AUDIT, PROFILES["audit"] // 4, 300]
+    assert found[0] == found[1]
 
 
 def test_an_unknown_profile_is_refused(run_pytest: Callable[..., Any]) -> None:

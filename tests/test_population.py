@@ -50,7 +50,8 @@ def test_a_value_beyond_all_real_models_is_unusual_and_no_failure(
     assert known is not None
     assert row["population"] == {"low": known.low, "high": known.high, "models": known.models}
     assert f"above the range of {known.models} real models, 1.043 to 1.352" in row["reason"]
-    assert "6% of sound models" in row["reason"]
+    assert "were all models drawn alike, 6% of sound ones would lie outside" in row["reason"]
+    assert "of a new family 15% do" in row["reason"]
     assert "1 unusual" in found.output
     assert row["reason"] in found.output
 
@@ -154,7 +155,18 @@ def test_first_positions_speak_of_position_0_alone(audit: Auditing) -> None:
 def test_the_page_of_claims_is_what_the_records_say() -> None:
     text = (ROOT / "docs" / "claims.md").read_text()
     assert claims.usual() in text
-    assert "- growth a layer > 1: " in text
+    values = population.values()["residual/growth_rate"]["growth"]
+    for model, value in values.items():
+        assert f"✓ {value:.4g} |" in next(
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {model} | ")
+            and line != "·"
+            and "first-positions" not in line
+            and "massive" not in line
+            and "rms" not in line
+            and "6-tokens" not in line
+        )
 
 
 def test_published_models_without_weights_are_refused(run_pytest: Callable[..., Any]) -> None:

@@ -8,7 +8,8 @@ A draw that breaks a law is then made as small as it can be, with walks of its o
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from streamgauge.engine.load import context_length
 from streamgauge.engine.parts import Parts, Values
 from streamgauge.engine.probe import quiet
 from streamgauge.engine.variants import with_attention
-from streamgauge.errors import CheckpointError
+from streamgauge.errors import CheckpointError, first_line
 from streamgauge.groups.reasons import NO_LN1, POST_NORM
 from streamgauge.groups.stream import StreamMeter
 from streamgauge.groups.sublayers import ScaleBlindness, is_scale_blind
@@ -41,24 +42,30 @@ if TYPE_CHECKING:
 
 NUDGE = 2.0**-16  # relative size of the noise that says how sensitive the stream is
 ROUGH = 2  # a noise's answer may be so much smaller than that of another one of its size
+NOT_PLAIN = "it holds more there than matrices and biases that are known to change places"
 NOT_DRAWN = {
     "additivity": POST_NORM,
     "contribution_bound": POST_NORM,
     "scale_blindness": NO_LN1,
-    "neurons": "its MLPs hold more than the matrices and biases whose rows can change places",
-    "heads": "its attention holds more than the matrices and biases that can change places",
-    "value_basis": "its attention holds more than the matrices and biases that can change places",
-    "cache": "transformers runs it with no cache of keys and values",
-    "attention_implementation": "transformers has one implementation of its attention",
+    "neurons": NOT_PLAIN,
+    "heads": f"{NOT_PLAIN}, or positions that heads read each in their own way",
+    "value_basis": NOT_PLAIN,
+    "cache": "it is not attention alone that transformers caches keys and values for",
+    "attention_implementation": "transformers has no other implementation of its attention that "
+    "does all it does: soft caps, a bias by position",
 }
-# Parameters that choose among others, by the ends of their modules' names.
+# Parameters that choose among others, by their names.
 CHOOSING = re.compile(r"router|expert|indexer")
 CHOOSES = "it chooses among experts or tokens, and rounding alone may turn a choice"
 FEW = 4  # draws that are rescaled, and that the whole model is run on: the shortest, the longest
+WHOLE = 512  # tokens of these at most: scores of all heads are held at once
 COPIES = 3  # of a draw: itself, with another end, with noise
-UNPERMUTED = ("alibi", "position_bias")  # what tells heads from each other beside their weights
-
-
+STREAMS = 2**29  # bytes of streams that are held
+WALKS = 100  # by which a draw that breaks a law is made smaller
+BIASED = ("alibi", "position_bias")  # what attention adds by head beside its weights
+# Architectures whose fused q, k and v are known to lie as parts take them to.
+FUSED = ("gpt2", "gpt_neox", "bloom", "phi3")
+SHARED_NORM = re.compile(r"(^|\.)(q|k|query|key)_?(layer_?)?norm$")
 # Laws that compare two runs, which rounding may send different ways.
 COMPARED = [law for law in LAWS if law not in ("additivity", "contribution_bound")]
 
@@ -66,12 +73,21 @@ COMPARED = [law for law in LAWS if law not in ("additivity", "contribution_bound
 class DrawsGroup:
     """Arrays by law, (n_draws, n_layers) or (n_draws, 1): its error on each draw over what rounding
     explains, NO_NUMBER where it is none; -1 for draws that it was not asked of.
+
+    laws: those that are put to the draws. failed: what could not be measured, and why.
     """
 
-    def __init__(self, model: Blockwise, layout: Layout, draws: Sequence[Draw]) -> None:
+    def __init__(
+        self,
+        model: Blockwise,
+        layout: Layout,
+        draws: Sequence[Draw],
+        laws: Collection[str] = tuple(LAWS),
+    ) -> None:
         import torch
 
-        self.model, self.layout, self.draws = model, layout, draws
+        self.model, self.layout, self.draws, self.laws = model, layout, draws, laws
+        self.failed: dict[str, str] = {}
         rows = [
             list(ids)
             for draw in draws
@@ -79,7 +95,8 @@ class DrawsGroup:
         ]
         self.rows = Prompts(rows, "drawn", None)
         self.meter = StreamMeter(layout, self.rows)
-        self.run = PromptRun(model, self.rows, [self.meter])
+        reads = {"additivity", "contribution_bound"} & set(laws)
+        self.run = PromptRun(model, self.rows, [self.meter] if reads else [])
         self.place = {
             row: (batch, n)
             for batch, rows in enumerate(self.run.members)
@@ -91,10 +108,11 @@ class DrawsGroup:
         self.few = [*by_length[:1], *by_length[1:][1 - FEW :]]
         self.blind = (
             [ScaleBlindness(model, layout, list(draws[n].ids)) for n in self.few]
-            if is_scale_blind(layout) and not self.chooses
+            if is_scale_blind(layout) and not self.chooses and "scale_blindness" in laws
             else []
         )
-        self.twins = [model.enter([list(draw.ids)]) for draw in draws] if not self.chooses else []
+        twinned = set(TWINS) & set(laws) and not self.chooses
+        self.twins = [model.enter([list(draw.ids)]) for draw in draws] if twinned else []
         self.generator = torch.Generator().manual_seed(0)
         shape = (len(draws), model.n_layers)
         self.ratios = {name: np.full(shape, -1.0) for name in ("causality", *TWINS)}
@@ -117,6 +135,8 @@ class DrawsGroup:
             allowed = self._allowed(noisy, clean)
             change = _change(other[: draw.kept], clean[: draw.kept])
             self.ratios["causality"][n, layer] = change / allowed
+            if not self.twins:
+                continue
             values = twin(draw, parts, self.model, layer, self.twins[n])
             with parts.having(values):
                 stream = self.model.step(self.twins[n], layer)[0]
@@ -132,7 +152,11 @@ class DrawsGroup:
             for name, ratios in arrays.items()
             if (ratios != -1).any()
         }
-        return kept, {name: why for name, why in reasons.items() if name not in kept}
+        return kept, {
+            name: why
+            for name, why in reasons.items()
+            if name not in kept and name not in self.failed
+        }
 
     def _stream(self, draw: int, copy: int) -> "torch.Tensor":
         batch, n = self.place[COPIES * draw + copy]
@@ -155,9 +179,12 @@ class DrawsGroup:
             x += NUDGE * x.abs() * noise
 
     def _of_streams(self) -> dict[str, np.ndarray]:
+        if not self.meter.readings:
+            return {}
         arrays, _ = self.meter.found()
         if "additivity_error" not in arrays:
             return {}
+        of = arrays["prompt"] // COPIES
         d_model, terms = self.layout.d_model, max(len(a.terms) for a in self.layout.anatomies if a)
         outputs = {
             name: arrays[f"{name}_out"]
@@ -171,12 +198,11 @@ class DrawsGroup:
             "contribution_bound": beyond_contributions(pre, post, added)
             / contribution_rounding(d_model),
         }
-        return {name: self._by_draw(np.maximum(ratios, 0)) for name, ratios in by_token.items()}
-
-    def _by_draw(self, by_token: np.ndarray) -> np.ndarray:
-        """The largest of each draw's own tokens, (n_draws, n_layers)."""
-        of = self.meter.found()[0]["prompt"] // COPIES
-        return np.array([by_token[:, of == n].max(1) for n in range(len(self.draws))])
+        found = {}
+        for name, ratios in by_token.items():
+            largest = [np.maximum(ratios[:, of == n], 0).max(1) for n in range(len(self.draws))]
+            found[name] = np.array(largest)
+        return found
 
     def _of_scale(self) -> dict[str, np.ndarray]:
         if not self.blind:
@@ -198,16 +224,20 @@ class DrawsGroup:
         noisy = [self._stream(n, 2) for n in self.few]
         allowed = [self._allowed(b, a) for a, b in zip(clean, noisy, strict=True)]
         found: dict[str, np.ndarray] = {}
-        for name, run in WAYS.items() if not self.chooses else ():
-            streams = None
-            # What a way needs may be missing in this architecture.
-            with contextlib.suppress(*strange(CheckpointError, NotImplementedError)):
-                streams = run(self.model, [self.draws[n] for n in self.few])
+        wanted = [] if self.chooses else [name for name in WAYS if name in self.laws]
+        few = [replace(self.draws[n], ids=self.draws[n].ids[:WHOLE]) for n in self.few]
+        for name in wanted:
+            try:
+                streams = WAYS[name](self.model, few)
+            except strange(CheckpointError, NotImplementedError) as error:
+                self.failed[name] = f"{type(error).__name__}: {first_line(error)}"
+                continue
             if streams is None:
                 continue
             ratios = found[name] = np.full((len(self.draws), 1), -1.0)
             for place, n in enumerate(self.few):
-                ratios[n] = _change(streams[place], clean[place]) / allowed[place]
+                own = clean[place][: len(streams[place])]
+                ratios[n] = _change(streams[place], own) / allowed[place]
         return found
 
 
@@ -231,14 +261,9 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
         return {}
     if kind == "mlp":
         order = generator.permutation(parts["W_in"].shape[0])
-        rows = {
-            role: parts[role][order]
-            for role in ("W_in", "W_gate", "b_in", "b_gate")
-            if role in parts
-        }
-        return rows | {"W_out": parts["W_out"][:, order]}
-    beside = batch.calls[layer][1]
-    if not parts.d_head or any(beside.get(name) is not None for name in UNPERMUTED):
+        roles = [role for role in ("W_in", "W_gate", "b_in", "b_gate") if role in parts]
+        return {role: parts[role][order] for role in roles} | {"W_out": parts["W_out"][:, order]}
+    if not parts.d_head or (draw.twin == "heads" and _is_biased(batch, layer)):
         return {}
     groups = parts.n_heads // parts.n_kv
     of_kv = np.arange(parts.n_kv * parts.d_head).reshape(parts.n_kv, parts.d_head)
@@ -255,28 +280,38 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
     return values | {"W_O": parts["W_O"][:, heads]}
 
 
+def _is_biased(batch: Batch, layer: int) -> bool:
+    """Whether a block is handed something that tells its heads from each other."""
+    return any(batch.calls[layer][1].get(name) is not None for name in BIASED)
+
+
 def _is_all(parts: Parts, model: Blockwise, layer: int, kind: str) -> bool:
-    """Whether a sublayer has no parameters but those of these parts, and of norms of whole heads'
-    queries and keys.
+    """Whether a sublayer has no parameters but those of these parts, and of one norm that all heads
+    share for their queries, and one for their keys.
     """
     roles = ("W_in", "W_gate", "W_out") if kind == "mlp" else ("W_Q", "W_K", "W_V", "W_O")
     anatomy, needed = model.anatomies[layer], {roles[0], roles[-1]}
     if anatomy is None or not needed <= parts.places.keys():
         return False
     modules = {parts.places[role].module for role in roles if role in parts}
+    if kind == "attn" and len(modules) < len(roles) and _type(model) not in FUSED:
+        return False
     roots = [term.chain[0] for term in anatomy.of(kind)]
-    block = model.blocks[layer]
-    own = [
-        (name, parameter)
-        for root in roots
-        for name, parameter in block.get_submodule(root).named_parameters()
-    ]
     known = {id(parameter) for module in modules for parameter in module.parameters()}
+    own = [
+        (f"{root}.{name}".rpartition(".")[0], parameter)
+        for root in roots
+        for name, parameter in model.module(layer, root).named_parameters()
+    ]
     return len(roots) == 1 and all(
         id(parameter) in known
-        or (kind == "attn" and parameter.shape == (parts.d_head,) and "v_" not in name)
-        for name, parameter in own
+        or (kind == "attn" and parameter.shape == (parts.d_head,) and SHARED_NORM.search(path))
+        for path, parameter in own
     )
+
+
+def _type(model: Blockwise) -> str:
+    return str(model.mapped.model.config.get_text_config().model_type)
 
 
 class _Seen(Exception):
@@ -309,14 +344,24 @@ def _beside(model: Blockwise, draws: Sequence[Draw]) -> "tuple[torch.Tensor, lis
     import torch
 
     lengths = [len(draw.ids) for draw in draws]
-    rows = [[*draw.ids, *[0] * (max(lengths) - len(draw.ids))] for draw in draws]
+    fill = min({0, 1} - {_padding(model)})  # some architectures count positions by what pads
+    rows = [[*draw.ids, *[fill] * (max(lengths) - len(draw.ids))] for draw in draws]
     return torch.tensor(rows, device=model.device), lengths
 
 
+def _padding(model: Blockwise) -> int | None:
+    """The token that pads, where none but it is said to be so."""
+    config = model.mapped.model.config.get_text_config()
+    pad: int | None = getattr(config, "pad_token_id", None)
+    return pad
+
+
 def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor]":
+    import torch
+
     ids, lengths = _beside(model, draws)
-    rows = (ids + 1) % model.vocabulary  # so that none is alone
-    rows = rows[:1].new_tensor([*rows[:1].tolist(), *ids.flip(0).tolist()])
+    # Another row first, so that none is alone.
+    rows = torch.cat([ids[:1].roll(1, 1), ids.flip(0)])
     streams = _last_streams(model, model.mapped, rows, **quiet(model.mapped.model))[1:].flip(0)
     return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
 
@@ -340,7 +385,7 @@ def _with_a_cache(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor
 
 def _with_other_attention(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor] | None":
     mapped = with_attention(model.mapped, "sdpa")
-    if mapped is None:
+    if mapped is None or _is_biased(model.enter([list(draws[0].ids)]), 0):
         return None
     ids, lengths = _beside(model, draws)
     streams = _last_streams(model, mapped, ids, **quiet(mapped.model))
@@ -355,39 +400,53 @@ WAYS: "dict[str, Callable[[Blockwise, Sequence[Draw]], list[torch.Tensor] | None
 
 
 def draws_group(model: Blockwise, layout: Layout, texts: Prompts, drawn: int) -> DrawsGroup:
-    """So many draws for a model, or some fewer where one would be there twice."""
+    """So many draws for a model, or fewer where one would be there twice, or they would not fit."""
     from streamgauge.strategies import all_draws
 
-    return DrawsGroup(model, layout, all_draws(sequences(model, texts, drawn), drawn))
+    most = STREAMS // (4 * (COPIES + 1) * layout.d_model)  # tokens
+    kept: list[Draw] = []
+    for number, draw in enumerate(all_draws(sequences(model, texts, drawn), drawn)):
+        if sum(len(one.ids) for one in kept) + len(draw.ids) <= most:
+            kept.append(replace(draw, twin=TWINS[number % len(TWINS)]))
+    return DrawsGroup(model, layout, kept)
 
 
 def examples(group: DrawsGroup, arrays: dict[str, np.ndarray], texts: Prompts) -> dict[str, Any]:
     """How many draws there were, and by law that one broke the smallest draw that does: its tokens,
     the first layer, and its ratio.
+
+    A law that is broken by draws beside each other alone has the first of them, as it was found.
     """
+    found = {}
+    for law, number in broken(arrays).items():
+        draw = _smallest(group, law, texts) or group.draws[number]
+        ratios = ratios_of(group.model, group.layout, draw, law)
+        if not (ratios > 1).any():
+            draw, ratios = group.draws[number], arrays[law][[number]]
+        ratio, layer = worst(ratios)
+        found[law] = draw.said() | {"layer": layer, "ratio": ratio}
+    return {"drawn": len(group.draws), "examples": found}
+
+
+def _smallest(group: DrawsGroup, law: str, texts: Prompts) -> Draw | None:
     from streamgauge.strategies import smallest
 
-    drawn, found = len(group.draws), {}
-    for law, number in broken(arrays).items():
-        # What the whole model made of one may be due to those beside it.
-        alone = [] if law in WAYS else list(enumerate(group.draws))
-        known = {draw: worst(arrays[law][[n]])[0] for n, draw in alone}
+    known: dict[Draw, float] = {}
 
-        def breaks(draw: Draw, law: str = law, known: dict[Draw, float] = known) -> bool:
-            if draw not in known:
-                known[draw] = worst(ratios_of(group.model, group.layout, draw, law))[0]
-            return known[draw] > 1
+    def breaks(draw: Draw) -> bool:
+        draw = replace(draw, twin=law) if law in TWINS else draw
+        if draw not in known and len(known) < WALKS:
+            known[draw] = worst(ratios_of(group.model, group.layout, draw, law))[0]
+        return known.get(draw, 0.0) > 1
 
-        strategy = sequences(group.model, texts, drawn)
-        draw = smallest(strategy, breaks, drawn) or group.draws[number]
-        ratio, layer = worst(ratios_of(group.model, group.layout, draw, law))
-        found[law] = draw.said() | {"layer": layer, "ratio": ratio}
-    return {"drawn": drawn, "examples": found}
+    drawn = len(group.draws)
+    found = smallest(sequences(group.model, texts, drawn), breaks, max(drawn, WALKS // 2))
+    return replace(found, twin=law) if found and law in TWINS else found
 
 
 def ratios_of(model: Blockwise, layout: Layout, draw: Draw, law: str) -> np.ndarray:
     """Of a law on one draw, (1, n_layers) or (1, 1); -1 where it cannot be put to it."""
-    group = DrawsGroup(model, layout, [draw])
+    group = DrawsGroup(model, layout, [draw], [law])
     walk(model, {"draws": group})
     return group.found()[0].get(law, np.full((1, 1), -1.0))
 
@@ -403,4 +462,14 @@ def sequences(model: Blockwise, texts: Prompts, draws: int) -> Any:
     ]
     listed = [i for one in named for i in (one if isinstance(one, list) else [one])]
     special = [i for i in listed if isinstance(i, int) and 0 <= i < model.vocabulary]
-    return token_sequences(model.vocabulary, context_length(config), special, texts.rows[:8], draws)
+    drawn = token_sequences(
+        model.vocabulary, context_length(config), special, texts.rows[:8], draws
+    )
+    pad = _padding(model)
+    if pad is None or special.count(pad) != 1 or model.vocabulary == 1:
+        return drawn
+    # Where it stands for nothing else, it stands for no token.
+    other = (pad + 1) % model.vocabulary
+    return drawn.map(
+        lambda draw: replace(draw, ids=tuple(other if i == pad else i for i in draw.ids))
+    )

@@ -45,6 +45,7 @@ LENGTH = 64  # tokens of a row
 SCREEN, RACE = 8, 192  # rows of that length on which candidates are screened, and raced at most
 HEATS = (48, 24, 12, 6, 3, 1)  # what part of the rows each heat ends with; the last two are tested
 FIRST_ROWS = 4
+SPARSEST = 4  # of so many positions one is unembedded at least
 CHARACTERS = 8  # of text for a token, so that a row is full
 FEWEST = 24  # rows, all together
 PROMISING = -1.25  # t of the screen's estimate below which a candidate is raced
@@ -143,7 +144,7 @@ class Search:
         self.head = model.unembedding.numel() / per_block  # what the head costs, in blocks
         # Of so many positions one is unembedded, so that it takes no longer than the blocks do,
         # half of which a change in the middle leaves as they were.
-        self.every = max(1, round(2 * self.head / model.n_layers))
+        self.every = min(SPARSEST, max(1, round(2 * self.head / model.n_layers)))
         self.bytes = (
             4 * LENGTH * (model.n_layers + 1) * self.config.hidden_size
         )  # of a row's streams
@@ -590,6 +591,8 @@ def measure_neighbours(
         why = f"{type(trouble).__name__}: {first_line(trouble)}"
         return ({}, {"neighbours": f"{FAILED} ({why})"}), {}
     clean, tokens = np.concatenate(search.clean), np.concatenate(search.tokens)
+    if not any(np.isfinite(search.judged(candidate)[:2]).all() for candidate in raced):
+        return ({}, {"neighbours": "no change of it can be tried"}), {}
     arrays: dict[str, list[float]] = defaultdict(list)
     kept = []
     for candidate in raced:

@@ -20,12 +20,16 @@ class Calibrated:
     outside: tuple[int, ...]
 
 
-def prediction_interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def prediction_interval(
+    values: np.ndarray, level: float, *, ratios: bool = False
+) -> tuple[float, float]:
     """Where another value lies but for a chance of `level`, half of it on either side: Student's t
-    for one more draw of a normal distribution (Hahn and Meeker 1991, §4.7), of the logarithms where
-    all are positive, as rates and ratios are.
+    for one more draw of a normal distribution (Hahn and Meeker 1991, §4.7).
+
+    ratios: whether they are rates, ratios or norms, which are positive by what they are; their
+    logarithms are taken then.
     """
-    if (values > 0).all():
+    if ratios:
         low, high = _interval(np.log(values), level)
         return float(np.exp(low)), float(np.exp(high))
     return _interval(values, level)
@@ -37,11 +41,11 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
     return float(values.mean() - reach), float(values.mean() + reach)
 
 
-def calibrated(values: np.ndarray, level: float) -> Calibrated:
+def calibrated(values: np.ndarray, level: float, *, ratios: bool = False) -> Calibrated:
     """The interval of a law's values, one by checkpoint, and its check by leaving each out."""
     outside = []
     for n in range(len(values)):
-        low, high = prediction_interval(np.delete(values, n), level)
+        low, high = prediction_interval(np.delete(values, n), level, ratios=ratios)
         if not low <= values[n] <= high:
             outside.append(n)
-    return Calibrated(*prediction_interval(values, level), tuple(outside))
+    return Calibrated(*prediction_interval(values, level, ratios=ratios), tuple(outside))
