@@ -59,7 +59,7 @@ GROUPS = {
     "sketch": 2,
     "prediction": 2,
     "rounding": 3,
-    "neighbours": 1,
+    "neighbours": 2,
     "draws": 1,
 }
 DRAWS = 10  # through the model, unless --hypothesis-profile says otherwise

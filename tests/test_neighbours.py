@@ -149,6 +149,22 @@ def test_a_gain_left_out_is_one_whatever_is_stored() -> None:
             assert float(repaired("ln1 gain as 1", parts)["ln1"].unique()) == stored
 
 
+@torch.no_grad()
+def test_a_gain_is_taken_out_of_the_matrix_that_it_was_folded_into() -> None:
+    for name in ("llama", "gemma3", "phi3"):
+        model = noisy(name)
+        with model.held(1):
+            parts = parts_of(model)
+            sound, gain = parts["W_in"].clone(), parts["ln2"] + parts.added["ln2"]
+            with parts.having({"W_in": sound * gain}):
+                assert "W_in over ln2" in set(repairs_of(parts))
+                found = repaired("W_in over ln2", parts)
+            assert found.keys() == {"W_in"}
+            assert torch.allclose(found["W_in"], sound, atol=1e-5)
+    with (model := noisy("gpt2")).held(1):
+        assert "W_in over ln2" not in set(repairs_of(parts_of(model)))  # the gain as 1 does as much
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gpt-neox-parallel", "mixtral"])
 def test_gradients_are_those_of_the_whole_model(name: str) -> None:
     model, plain = noisy(name), models.random_model(name)

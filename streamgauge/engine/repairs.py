@@ -16,6 +16,7 @@ from streamgauge.numerics.neighbours import NORMS
 if TYPE_CHECKING:
     import torch
 
+SMALL = 1e-3  # of the largest gain, below which one is not divided by
 Repair = Callable[[Parts], Values]
 
 
@@ -107,6 +108,17 @@ def _gain(norm: str, step: float, parts: Parts) -> Values:
     return {norm: parts[norm] + step} if norm in parts else {}
 
 
+def _unfolded(role: str, parts: Parts) -> Values:
+    """One of the two matrices that read through ln2 without its gain, which conversions fold into
+    both or neither; where it is next to nothing nothing can be told of it.
+    """
+    if not {"W_in", "W_gate", "ln2"} <= parts.places.keys() or _is_constant(parts["ln2"]):
+        return {}
+    gain = parts["ln2"] + parts.added["ln2"]
+    usable = gain.abs() > SMALL * gain.abs().max()
+    return {role: parts[role] / gain.where(usable, gain.new_ones(()))}
+
+
 def _no_gain(norm: str, parts: Parts) -> Values:
     """A gain of 1 where the norm has one: what is stored is less by what the norm adds to it."""
     import torch
@@ -154,6 +166,7 @@ REPAIRS: dict[str, Repair] = {
         for step, by in (("+1", 1.0), ("-1", -1.0))
     },
     **{f"{norm} gain as 1": partial(_no_gain, norm) for norm in NORMS},
+    **{f"{role} over ln2": partial(_unfolded, role) for role in ("W_in", "W_gate")},
 }
 
 

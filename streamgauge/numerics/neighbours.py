@@ -111,6 +111,16 @@ KINDS |= {
 }
 
 
+KINDS |= {
+    f"{role} over ln2": Kind(
+        "mlp",
+        f"the gain of ln2 taken out of {role}",
+        "it is probably folded into that matrix already",
+    )
+    for role in ("W_in", "W_gate")
+}
+
+
 def paired(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
     """Mean change a token and its standard error, nats, and the skewness of rows, from sums of
     differences by row and how many tokens each row has.

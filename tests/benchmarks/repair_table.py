@@ -35,7 +35,7 @@ NAMES = {
     "heads in another order": "the heads of W_O moved down",
     "a square matrix transposed": "W_O transposed",
     "W_out with its sign turned": "the sign of W_out turned",
-    "a norm's gain folded twice": "the gain of ln2 left out",
+    "a norm's gain folded twice": "the gain of ln2",
     "norms of attention and MLP swapped": "ln1 and ln2 exchanged",
     "rows of the embedding permuted": "the token table moved by -1 row",
     "a head of its own that is ignored": "the head tied to the embedding",
