@@ -205,3 +205,9 @@ def test_one_model_has_its_laws_as_rows(audit: Auditing, tmp_path: Path) -> None
         assert title in page
     assert page.index("Unusual: outside") < page.index("Do not speak of")
     assert '<svg class="strip unusual"' in page
+
+
+def test_root_mean_squares_are_held_against_nobody(audit: Auditing) -> None:
+    rows = [r for r in audit("--published").rows if r["model"].endswith(":rms")]
+    assert rows
+    assert all(r["outcome"] != "unusual" and r["population"] is None for r in rows)
