@@ -62,10 +62,23 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
             missing = NEEDED - row.keys()
             if missing:
                 raise KeyError(min(missing))
+            for name in row.keys() - {"record", "baseline"}:
+                row[name] = _shown(row[name])
             for name in ("record", "baseline"):
                 row[name] = str(path.parent / row[name]) if row[name] else None
         rows += found
     return rows
+
+
+def _shown(value: Any) -> Any:
+    """The same without what would act on a terminal or turn a line round, which names of
+    checkpoints may hold.
+    """
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in value)
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    return {k: _shown(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def render(rows: Iterable[Path], folder: Path) -> None:

@@ -11,22 +11,28 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from streamgauge.catalogued import location, part
-from streamgauge.errors import RecordError, StreamgaugeError, UnknownModelError
+from streamgauge.errors import (
+    PromptError,
+    RecordError,
+    SettingsError,
+    StreamgaugeError,
+    UnknownModelError,
+)
 from streamgauge.laws import laws
-from streamgauge.numerics.draws import LAWS, TWINS, Draw
+from streamgauge.numerics.draws import LAWS, NAMES, NO_NUMBER, TWINS, Draw
 
-FAILED, USAGE = 1, 4
+FAILED, INTERRUPTED, USAGE = 1, 2, 4
 LISTED = 10  # differences of a kind that `diff` prints
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0, or 1 where it could not be done or `diff` found something, or 4 where a name is
-    unknown.
+    Returns 0, or 1 where it could not be done or `diff` found something, 2 where it was
+    interrupted, or 4 where a name or an option is wrong.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -36,16 +42,27 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except UnknownModelError as error:
+    except (PromptError, SettingsError, UnknownModelError) as error:
         print(f"streamgauge: {error}", file=sys.stderr)
         return USAGE
     except StreamgaugeError as error:
         print(f"streamgauge: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("streamgauge: interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake on the command line has the exit code that the others have."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m streamgauge", description="Audit the weights of transformer models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -56,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_laws)
 
-    instrument = argparse.ArgumentParser(add_help=False)  # for every command that measures
+    instrument = _Parser(add_help=False)  # for every command that measures
     instrument.add_argument(
         "--prompts",
         type=Path,
@@ -108,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="put one drawn sequence of tokens to a law again, as a failure's row says",
     )
     replaying.add_argument("model", help="a folder, a catalogued name or a hub repository")
-    replaying.add_argument("law", help=f"one of {', '.join(LAWS)}")
+    replaying.add_argument("law", help="as a failure names it, or its file: heads_have_no_order")
     replaying.add_argument("--tokens", required=True, metavar="IDS", help="as 17,3,3")
     replaying.add_argument("--kept", type=int, default=1, help="tokens that another text shares")
     replaying.add_argument("--seed", type=int, default=0, help="of what changes places")
@@ -184,6 +201,8 @@ def _measure(options: argparse.Namespace) -> None:
     from streamgauge.measure import measure
     from streamgauge.record import Record
 
+    if options.output.is_dir():
+        raise SettingsError(f"{options.output} is a folder; name a file with -o.")
     if options.output.is_file():
         Record.load(options.output)  # raises where somebody else's file would be overwritten
     checkpoint = open_checkpoint(
@@ -203,9 +222,11 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    if options.law not in LAWS:
-        near = difflib.get_close_matches(options.law, LAWS, n=1, cutoff=0)[0]
-        raise UnknownModelError(f"no law {options.law!r} draws; the nearest is {near}.")
+    asked = options.law.rpartition("/")[2]
+    law = NAMES.get(asked, asked)
+    if law not in LAWS:
+        near = difflib.get_close_matches(asked, [*LAWS, *NAMES], n=1, cutoff=0)[0]
+        raise UnknownModelError(f"no law {options.law!r} draws sequences; the nearest is {near}.")
     try:
         ids = tuple(int(word) for word in options.tokens.split(","))
     except ValueError:
@@ -214,10 +235,11 @@ def _replay(options: argparse.Namespace) -> int:
     from streamgauge.replay import replay
 
     checkpoint = open_checkpoint(location(options.model), allow_pickle=options.allow_pickle)
-    twin = options.law if options.law in TWINS else TWINS[0]
+    twin = law if law in TWINS else TWINS[0]
     draw = Draw(ids, options.kept, twin, options.seed)
-    ratio, layer = replay(checkpoint, options.law, draw, options.device)
-    print(f"{LAWS[options.law]}: {ratio:.4g} times what rounding explains, layer {layer}")
+    ratio, layer = replay(checkpoint, law, draw, options.device)
+    times = "no number" if ratio >= NO_NUMBER else f"{ratio:.4g} times what rounding explains"
+    print(f"{LAWS[law]}: {times}, layer {layer}")
     return FAILED if ratio > 1 else 0
 
 

@@ -33,6 +33,7 @@ SIGNED = (
     "weights/gains_vary",
     "weights/repeated_blocks",
 )
+SMALLEST, LARGEST = 1e-6, 0.5  # chances that a sound checkpoint fails
 Rows = dict[str, dict[str, Any]]  # of one record, by law
 Values = dict[str, dict[str, list[float]]]  # by law and quantity, one a record
 
@@ -46,6 +47,11 @@ def calibrate(records: Sequence[Path], output: Path, rate: float) -> list[str]:
     """
     _refuse(records, output, rate)
     by_record = [_audited(path) for path in records]
+    for path, rows in zip(records, by_record, strict=True):
+        if failing := [law for law, row in rows.items() if row["outcome"] == "fail"]:
+            raise SettingsError(
+                f"{path} is not sound: {failing[0]} fails; calibrate on checkpoints that are."
+            )
     values = _values(by_record)
     level = rate / max(1, sum(map(len, values.values())))
     bands, said = {}, []
@@ -70,14 +76,19 @@ def calibrate(records: Sequence[Path], output: Path, rate: float) -> list[str]:
             )
     if not bands:
         raise SettingsError("no law has values in all of these records that could make a band.")
-    output.write_text(HEAD + "\n" + _toml(bands, windows, source), encoding="utf-8")
+    try:
+        output.write_text(HEAD + "\n" + _toml(bands, windows, source), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{output} cannot be written ({error.strerror}).") from error
     said += [f"{law}: {low:.4g} to {high:.4g}" for law, (low, high) in bands.items()]
     return [*said, f"{output}: {len(bands)} bands; by chance {rate:.0%} of sound checkpoints fail"]
 
 
 def _refuse(records: Sequence[Path], output: Path, rate: float) -> None:
-    if not 0 < rate < 1:
-        raise SettingsError(f"--rate {rate} is no chance between 0 and 1; 0.05 is usual.")
+    if not SMALLEST <= rate <= LARGEST:
+        raise SettingsError(
+            f"--rate {rate} is not between {SMALLEST} and {LARGEST}; 0.05 is usual."
+        )
     if len(records) < LEAST:
         raise SettingsError(
             f"{len(records)} records are too few to say where another checkpoint lies; give "
@@ -88,8 +99,16 @@ def _refuse(records: Sequence[Path], output: Path, rate: float) -> None:
     if output.exists() and not output.read_bytes().startswith(HEAD.encode()):
         raise SettingsError(f"{output} was written by somebody else; name another file with -o.")
     loaded = [Record.load(path) for path in records]
-    if len({record.n_layers for record in loaded}) > 1:
-        raise RecordError("the records are of models of different depth; calibrate each by itself.")
+    for path, record in zip(records, loaded, strict=True):
+        if record.n_layers != loaded[0].n_layers:
+            raise RecordError(
+                f"{path} has {record.n_layers} layers, {records[0]} {loaded[0].n_layers}; "
+                "calibrate models of one depth together."
+            )
+        if record.metadata.get("prompts_sha256") != loaded[0].metadata.get("prompts_sha256"):
+            raise RecordError(
+                f"{path} and {records[0]} have other prompts; measure all on the same."
+            )
     seen: dict[str, Path] = {}
     for path, record in zip(records, loaded, strict=True):
         twice = seen.setdefault(str(record.metadata.get("weights_sha256") or path.absolute()), path)

@@ -25,7 +25,7 @@ from streamgauge.engine.accounts import Accounts
 from streamgauge.engine.forward import Group, Lacking, walk
 from streamgauge.engine.memory import reused
 from streamgauge.engine.rows import rows_for
-from streamgauge.errors import NotInstalledError, NotMeasured, UnknownModelError
+from streamgauge.errors import NotInstalledError, NotMeasured, PromptError, UnknownModelError
 from streamgauge.groups.patching import tasks_sha256
 from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.circuits import Task
@@ -118,6 +118,8 @@ def measure(
     else:
         checkpoint = open_checkpoint(location(model), revision)
     texts = rows or read_prompts(prompts)
+    if precision is not None and not precision > 0:
+        raise PromptError(f"precision {precision} is no width of an interval; give one above 0.")
     unknown = sorted(set(groups or ()) - set(GROUPS))
     if unknown:
         near = difflib.get_close_matches(unknown[0], GROUPS, n=3, cutoff=0)

@@ -410,7 +410,7 @@ class Record:
             ) from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise RecordError(
-                f"the record {path} is damaged ({error}); delete it and measure again."
+                f"the record {path} is damaged, or is none ({error}); measure again."
             ) from error
 
 

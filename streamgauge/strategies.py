@@ -2,6 +2,7 @@
 be.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
@@ -43,10 +44,14 @@ def smallest(what: st.SearchStrategy[T], breaks: Callable[[T], bool], draws: int
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
+    callbacks = list(gc.callbacks)
     try:
         return find(what, breaks, settings=own, random=Random(0))
     except errors.NoSuchExample:
         return None
+    finally:
+        # Hypothesis leaves one behind, and an interrupt that arrives within it is lost.
+        gc.callbacks[:] = callbacks
 
 
 def all_draws(what: st.SearchStrategy[T], draws: int) -> list[T]:

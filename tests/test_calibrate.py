@@ -12,7 +12,9 @@ import pytest
 import scipy.stats
 
 from streamgauge.numerics.calibration import calibrated, prediction_interval
+from streamgauge.record import Record
 from tests.conftest import ROOT
+from tests.records import replaced
 
 HISTORY = ROOT / "fixtures" / "bundled" / "history"
 LATE = [HISTORY / f"step-{n:05}.safetensors" for n in (700, 1200, 2000, 2800, 3500)]
@@ -72,7 +74,8 @@ def test_bands_of_steps_pass_one_among_them_and_fail_an_early_one(
     ("arguments", "said"),
     [
         (LATE[:3], "3 records are too few"),
-        ([*LATE, "--rate", "2"], "no chance between 0 and 1"),
+        ([*LATE, "--rate", "2"], "is not between 1e-06 and 0.5"),
+        ([*LATE, "--rate", "1e-300"], "is not between 1e-06 and 0.5"),
         ([*LATE[:3], ROOT / "README.md"], "README.md"),
         ([*LATE[:3], "nowhere.safetensors"], "nowhere.safetensors"),
         ([*LATE, LATE[0]], "of the same weights"),
@@ -82,7 +85,7 @@ def test_what_cannot_be_calibrated_is_refused(
     arguments: list[Any], said: str, run_streamgauge: Running, tmp_path: Path
 ) -> None:
     done = run_streamgauge("calibrate", *arguments, "-o", tmp_path / "streamgauge.toml")
-    assert done.returncode == 1
+    assert done.returncode in (1, 4)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "streamgauge.toml").exists()
@@ -94,6 +97,31 @@ def test_somebody_elses_settings_are_not_overwritten(
     own = tmp_path / "streamgauge.toml"
     own.write_text('[[leave_out]]\nlaw = "residual/spread"\nreason = "mine"\n')
     done = run_streamgauge("calibrate", *LATE, "-o", own)
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert "was written by somebody else" in done.stderr
     assert "mine" in own.read_text()
+
+
+def test_a_checkpoint_that_is_not_sound_is_no_measure(
+    run_streamgauge: Running, tmp_path: Path
+) -> None:
+    record = Record.load(LATE[0])
+    broken = replaced(record, {"stream/resid_post": record.array("stream/resid_post") * 30})
+    broken.metadata["weights_sha256"] = None
+    broken.save(tmp_path / "broken.safetensors")
+    done = run_streamgauge(
+        "calibrate", *LATE[1:], tmp_path / "broken.safetensors", "-o", tmp_path / "own.toml"
+    )
+    assert done.returncode == 4
+    assert "broken.safetensors is not sound: " in done.stderr
+
+
+def test_records_on_other_prompts_are_refused(run_streamgauge: Running, tmp_path: Path) -> None:
+    record = Record.load(LATE[0])
+    record.metadata.update(prompts_sha256="0" * 64, weights_sha256=None)
+    record.save(tmp_path / "other.safetensors")
+    done = run_streamgauge(
+        "calibrate", *LATE[1:], tmp_path / "other.safetensors", "-o", tmp_path / "own.toml"
+    )
+    assert done.returncode == 1
+    assert "have other prompts" in done.stderr

@@ -2,6 +2,7 @@
 that the same is drawn every time.
 """
 
+import gc
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ from streamgauge.record import Record
 from streamgauge.strategies import PROFILES, all_draws, heads, token_sequences
 from tests import models
 from tests.conftest import ROOT, Audit
+from tests.records import sound_record
 
 BUNDLED = ROOT / "fixtures" / "bundled" / "pystdlib-3m"
 TEXTS = Prompts([[5, 6, 7, 8, 9, 10]], "text", None)
@@ -341,3 +343,47 @@ def test_a_replay_says_what_the_record_does(run_streamgauge: Callable[..., Any])
     assert done.returncode == 0, done.stderr
     (ratio,) = re.findall(r"neurons: (\S+) times what rounding explains", done.stdout)
     assert 0 < float(ratio) < 1
+
+
+@pytest.mark.parametrize("asked", ["neurons_have_no_order", "mlp/neurons_have_no_order"])
+def test_a_replay_knows_laws_by_their_files(
+    asked: str, run_streamgauge: Callable[..., Any]
+) -> None:
+    done = run_streamgauge("replay", BUNDLED, asked, "--tokens", "17,3,3")
+    assert done.returncode == 0, done.stderr
+    assert "another order of the hidden neurons" in done.stdout
+
+
+def test_an_interrupt_is_not_lost_in_what_hypothesis_leaves_behind() -> None:
+    before = list(gc.callbacks)
+    all_draws(heads({0: 2}), 20)
+    assert gc.callbacks == before
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [5, [1, 2], {"heads": 3}, {"heads": {}}, {"heads": {"ids": ["$(id)"], "kept": 1, "seed": 0}}],
+)
+def test_a_strangers_record_of_draws_is_not_believed(
+    examples: Any, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    record = sound_record()
+    record.metadata["draws"] = {"asked": 10, "drawn": 10, "examples": examples}
+    record.save(tmp_path / "it.safetensors")
+    row = audit("--record", tmp_path / "it.safetensors", "-k", "heads_have").row(
+        "attention/heads_have_no_order"
+    )
+    assert row["outcome"] == "error"
+    assert "measure again" in row["reason"]
+    assert "Error" not in row["reason"] or "(" in row["reason"]
+
+
+def test_a_ratio_that_is_no_number_is_no_pass(audit: Callable[..., Audit], tmp_path: Path) -> None:
+    record = sound_record()
+    example = {"ids": [1], "kept": 1, "seed": 0, "layer": 0, "ratio": "nan"}
+    record.metadata["draws"] = {"asked": 10, "drawn": 10, "examples": {"heads": example}}
+    record.save(tmp_path / "it.safetensors")
+    row = audit("--record", tmp_path / "it.safetensors", "-k", "heads_have").row(
+        "attention/heads_have_no_order"
+    )
+    assert (row["outcome"], row["value"]) == ("fail", None)

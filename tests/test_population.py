@@ -49,7 +49,7 @@ def test_a_value_beyond_all_real_models_is_unusual_and_no_failure(
     known = population.of("residual/growth_rate", "growth", "somebody's")
     assert known is not None
     assert row["population"] == {"low": known.low, "high": known.high, "models": known.models}
-    assert f"above the range of {known.models} real models, 1.043 to 1.352" in row["reason"]
+    assert f"above the range of {known.models} real models, 1.0433 to 1.3524" in row["reason"]
     assert "were all models drawn alike, 6% of sound ones would lie outside" in row["reason"]
     assert "of a new family 15% do" in row["reason"]
     assert "1 unusual" in found.output

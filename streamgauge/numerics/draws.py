@@ -21,6 +21,14 @@ LAWS = {
     "cache": "change of the last stream by a cache of keys and values",
     "attention_implementation": "change of the last stream by another implementation of attention",
 }
+NAMES = {  # of the files of laws that are called otherwise here
+    "neurons_have_no_order": "neurons",
+    "heads_have_no_order": "heads",
+    "value_basis_is_free": "value_basis",
+    "rows_are_apart": "batch",
+    "cache_changes_nothing": "cache",
+    "any_attention_kernel": "attention_implementation",
+}
 TWINS = ("neurons", "heads", "value_basis")  # the same function in other weights
 
 
