@@ -108,7 +108,7 @@ PLANTED: dict[str, Callable[[Blockwise], Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.save(models.gpt2(3), tmp_path_factory.mktemp("draws"))
+    return models.save(models.gpt2(2), tmp_path_factory.mktemp("draws"))
 
 
 def drawn(
@@ -209,6 +209,8 @@ def test_a_head_that_only_draws_find(
     record = Record.load(path)
     norms = record.array("weights/W_OV_frobenius").copy()
     norms[9, 1] *= 1.01
+    # As if as many sequences had been drawn as `thorough` asks for.
+    record.metadata["draws"]["asked"] = PROFILES["thorough"]
     Record(record.arrays | {"weights/W_OV_frobenius": norms}, record.metadata).save(path)
     found = audit("--model", BUNDLED, "-k", "frobenius", "--hypothesis-profile", "thorough")
     row = found.row(law)
