@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"streamgauge: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("streamgauge: interrupted; nothing was written.", file=sys.stderr)
+        print("streamgauge: interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 

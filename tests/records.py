@@ -25,6 +25,21 @@ REPAIRS = {  # and the layers that they are tried in
 }
 D_MODEL, N_HEADS, PROMPTS, LENGTH = 64, 4, 8, 6
 DRAWS = 10
+DRAWN_ALONE = {  # laws about draws and nothing else, and what the record calls them
+    "mlp/neurons_have_no_order": "neurons",
+    "attention/heads_have_no_order": "heads",
+    "attention/value_basis_is_free": "value_basis",
+    "predictions/rows_are_apart": "batch",
+    "predictions/cache_changes_nothing": "cache",
+    "predictions/any_attention_kernel": "attention_implementation",
+}
+DRAWN = {
+    "residual/additivity": "additivity",
+    "sublayers/contribution_bound": "contribution_bound",
+    "sublayers/scale_blindness": "scale_blindness",
+    "attention/causality": "causality",
+    **DRAWN_ALONE,
+}
 WHOLE = ("batch", "cache", "attention_implementation")  # of which there is one value a draw
 
 

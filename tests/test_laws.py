@@ -21,7 +21,7 @@ from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
 from tests.conftest import Audit
-from tests.records import changed, replaced, sound_record, sound_xl
+from tests.records import DRAWN, changed, replaced, sound_record, sound_xl
 
 Auditing = Callable[..., Audit]
 
@@ -130,20 +130,6 @@ def _broken(ratios: np.ndarray) -> np.ndarray:
 def _no_number(ratios: np.ndarray) -> np.ndarray:
     ratios[4, 0] = NO_NUMBER
     return ratios
-
-
-DRAWN = {
-    "residual/additivity": "additivity",
-    "sublayers/contribution_bound": "contribution_bound",
-    "sublayers/scale_blindness": "scale_blindness",
-    "attention/causality": "causality",
-    "mlp/neurons_have_no_order": "neurons",
-    "attention/heads_have_no_order": "heads",
-    "attention/value_basis_is_free": "value_basis",
-    "predictions/rows_are_apart": "batch",
-    "predictions/cache_changes_nothing": "cache",
-    "predictions/any_attention_kernel": "attention_implementation",
-}
 
 
 def _parallel_without_its_product() -> Record:

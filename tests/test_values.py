@@ -24,7 +24,7 @@ from streamgauge.laws import laws
 from streamgauge.numerics.draws import LAWS
 from streamgauge.record import Record
 from tests.conftest import ROOT, Audit
-from tests.records import D_MODEL, made_up, replaced, sound_record
+from tests.records import D_MODEL, DRAWN, DRAWN_ALONE, made_up, replaced, sound_record
 
 N_LAYERS, FIRST, LAST = 11, 2, 9  # 10% to 85% of the depth, ends included
 WINDOW = np.arange(FIRST, LAST + 1)
@@ -184,14 +184,6 @@ def heads(name: str) -> np.ndarray:
     return A[f"weights/{name}"]
 
 
-DRAWN_ALONE = {
-    "mlp/neurons_have_no_order": "neurons",
-    "attention/heads_have_no_order": "heads",
-    "attention/value_basis_is_free": "value_basis",
-    "predictions/rows_are_apart": "batch",
-    "predictions/cache_changes_nothing": "cache",
-    "predictions/any_attention_kernel": "attention_implementation",
-}
 EFFECTS = [(kind, name) for kind in ("attn", "mlp") for name in ("frozen_kl", "kl")]
 VALUES: dict[str, Callable[[], list[Any]]] = {
     "instrument/same_function": instrument,
@@ -668,16 +660,7 @@ EDGES: list[tuple[str, str, Callable[[float], dict[str, np.ndarray]]]] = [
         "later tokens",
         array("prediction/later_changes", (N_LAYERS + 1) * D_MODEL * UNIT),
     ),
-    *(
-        (law, LAWS[name], array(f"draws/{name}", 1.0))
-        for law, name in {
-            "residual/additivity": "additivity",
-            "sublayers/contribution_bound": "contribution_bound",
-            "sublayers/scale_blindness": "scale_blindness",
-            "attention/causality": "causality",
-            **DRAWN_ALONE,
-        }.items()
-    ),
+    *((law, LAWS[name], array(f"draws/{name}", 1.0)) for law, name in DRAWN.items()),
     ("attention/causality", "a later position", array("prediction/future_weight", UNIT)),
     ("attention/causality", "attention rows", array("prediction/row_sum_error", 4 * 6 * UNIT)),
     *(
