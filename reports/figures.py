@@ -540,6 +540,25 @@ def _effects(arrays: Arrays, rows: Rows) -> Figure | None:
     return figure("What each sublayer is worth", data, read, laws, y="nats a token", log=True)
 
 
+def _blocks(arrays: Arrays, rows: Rows) -> Figure | None:
+    data = []
+    if "stream/block_influence" in arrays:
+        influence = arrays["stream/block_influence"][:, text_tokens(arrays)]
+        data += over_tokens(influence, BLUE, "rgba(31,119,180,0.25)")
+    if "block_skip/loss" in arrays:
+        rises = arrays["block_skip/loss"].mean(1)
+        data.append(by_layer(rises, "rise of the loss without the block", RED))
+    if not data:
+        return None
+    laws = ["depth/block_influence", "depth/block_skip"]
+    read = (
+        "Block influence, 1 - cosine of what a block reads and what it leaves; the rise of the "
+        "loss, where it was published, when that block alone is left out."
+    )
+    y = "1 - cosine, or nats a token"
+    return figure("What each block changes", data, read, laws, y=y, log=True)
+
+
 def _spectral(arrays: Arrays, rows: Rows) -> Figure | None:
     names = {"W_OV": PURPLE, "W_QK": BLUE}
     found = {
@@ -620,6 +639,7 @@ FIGURES: tuple[Callable[[Arrays, Rows], Figure | None], ...] = (
     _weights,
     _horizon,
     _effects,
+    _blocks,
     _spectral,
     _patching,
 )

@@ -47,7 +47,7 @@ MEASURING = ("torch", "transformers", "transformer_lens", "accelerate", "greenle
 # anew, and keep the others.
 GROUPS = {
     "instrument": 2,
-    "stream": 3,
+    "stream": 4,
     "weights": 5,
     "neurons": 1,
     "sublayers": 3,
@@ -62,6 +62,9 @@ GROUPS = {
     "neighbours": 2,
     "draws": 1,
 }
+NOT_SKIPPED = (
+    "not measured: leaving out each block in turn costs half a forward pass for every layer"
+)
 DRAWS = 10  # through the model, unless --hypothesis-profile says otherwise
 
 CONFIG_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -549,7 +552,7 @@ def _metadata(
         },
         "device": str(tensors.model.device),
         "matrices": {},
-        "absent": {},
+        "absent": {"block_skip": NOT_SKIPPED},
         "lacking": {},
         "failed": {},
     }

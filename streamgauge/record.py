@@ -24,6 +24,7 @@ stream/mid_dot_mlp                (n_layers, n_tok)      inner product of resid_
                                                          resid_pre in parallel blocks)
 stream/additivity_error           (n_layers, n_tok)      norm of resid_post - resid_pre - attn_out
                                                          - mlp_out
+stream/block_influence            (n_layers, n_tok)      1 - cosine of resid_pre and resid_post
 stream/largest                    (n_layers, n_tok)      largest number, raw, in any of these
                                                          vectors
 stream/ln1_scale                  (n_layers, n_tok)      what the first norm of the block divides
@@ -94,6 +95,8 @@ sublayer_effect/attn_size         (n_layers, n_pred)     ‖attn_out‖ over the
                                                          norm divides the final residual by
 sublayer_effect/largest_row       (1,)                   largest norm of a row of the unembedding,
                                                          the last norm's gain folded in
+block_skip/loss                   (n_layers, n_texts)    rise of the loss without one whole block,
+                                                         nats a token (published records alone)
 patching/TASK                     (n_layers, n_heads)    part of a task that each head's output,
                                                          patched in, brings back; TASK.n_pairs
 sketch/parameters                 (n_params, 16)         sketches of every tensor (see
@@ -152,7 +155,8 @@ from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreErr
 FORMAT = "streamgauge-record-1"
 STREAM = (
     "resid_pre resid_mid resid_post attn_out mlp_out other_out pre_dot_attn mid_dot_mlp "
-    "additivity_error largest ln1_scale ln1_residual prompt position is_bos is_padding"
+    "additivity_error block_influence largest ln1_scale ln1_residual "
+    "prompt position is_bos is_padding"
 )
 WEIGHTS = (
     "W_OV_frobenius W_OV_spectral W_QK_frobenius W_QK_spectral W_OV_raw_frobenius W_Q W_K W_V W_O "
@@ -171,6 +175,7 @@ OTHERS = {
     "mlp_activation_rate "
     "resampled_norm resampled_error resampled_samples resampled_activation_rate",
     "padding": "resid",
+    "block_skip": "loss",
     "sketch": "parameters norms W_Q W_K W_V W_O",
     "prediction": "token loss is_last entropy first later_changes row_sum_error future_weight",
     "rounding": "resid attn_out mlp_out loss",

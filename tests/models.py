@@ -222,15 +222,18 @@ def _first(output: Any) -> torch.Tensor:
 def reference_norms(
     model: Any, name: str, ids: torch.Tensor, *, centred: bool
 ) -> dict[str, np.ndarray]:
-    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks: (layers,
-    tokens), tokens row by row.
+    """Norms of resid_pre, resid_post, attn_out and mlp_out by plain forward hooks, and the block
+    influence: (layers, tokens), tokens row by row.
     """
     seen = _reference(model, name, ids)
     n_layers = 1 + max(layer for _, layer in seen)
-    return {
-        kind: _norms([seen[kind, n] for n in range(n_layers)], centred)
+    vectors = {
+        kind: _stacked([seen[kind, n] for n in range(n_layers)], centred)
         for kind in ("resid_pre", "resid_post", "attn_out", "mlp_out")
     }
+    cosine = torch.cosine_similarity(vectors["resid_pre"], vectors["resid_post"], dim=-1)
+    norms = {kind: x.norm(dim=-1).numpy() for kind, x in vectors.items()}
+    return norms | {"block_influence": 1 - cosine.numpy()}
 
 
 def reference_outputs(
@@ -283,8 +286,8 @@ def _reference(model: Any, name: str, ids: torch.Tensor) -> dict[tuple[str, int]
     return seen
 
 
-def _norms(activations: list[torch.Tensor], centred: bool) -> np.ndarray:
+def _stacked(activations: list[torch.Tensor], centred: bool) -> torch.Tensor:
     stacked = torch.stack([x.reshape(-1, x.shape[-1]) for x in activations]).double()
     if centred:
         stacked = stacked - stacked.mean(-1, keepdim=True)
-    return stacked.norm(dim=-1).numpy()
+    return stacked

@@ -84,6 +84,8 @@ def sound_record(
         "mlp_out": mlp,
         "pre_dot_attn": sign * pre * attn,
         "mid_dot_mlp": (pre + sign * attn) * sign * mlp,
+        "block_influence": np.where(np.arange(n_layers)[:, None] < n_layers // 2, 0.2, 0.1)
+        * np.ones(pre.shape),
         "largest": post / 4,
         "additivity_error": np.full(pre.shape, 1e-8),
         "ln1_scale": np.sqrt(pre**2 / D_MODEL + 1e-5),
@@ -187,6 +189,7 @@ def _beside_the_stream(
         "random_input/resampled_activation_rate": 2 * firing,
         "patching/own": np.outer(0.1 * ones, np.linspace(1, 2, N_HEADS)),
         "patching/own.n_pairs": np.array([8], np.int32),
+        "block_skip/loss": np.full((n_layers, 2), 0.05),
         "padding/resid": np.outer(30 + (np.arange(n_layers + 1) - n_layers / 2) ** 2, np.ones(8)),
     }
     return (

@@ -70,6 +70,8 @@ COVERED = {
     ],
     "depth: layer horizon": ["depth/layer_horizon", "depth/loss_falls_with_horizon"],
     "depth: sublayer effect": ["depth/effect_bound"],
+    "depth: block influence": ["depth/block_influence"],
+    "depth: a block left out": ["depth/block_skip"],
     "depth: update norms": ["depth/update_norms_rise"],
     "weights: gain share": ["attention/gain_share", "mlp/gain_share"],
 }

@@ -149,6 +149,12 @@ CURVES: dict[str, Callable[[], dict[str, Any]]] = {
     "Layer horizon": lambda: {
         "dropped.recomputed.mean.everywhere": mean_loss("loss.dropped.recomputed.mean.everywhere")
     },
+    "What each block changes": lambda: {
+        "below 5% to 95% of tokens": band(A["stream/block_influence"], 0.05),
+        "5% to 95% of tokens": band(A["stream/block_influence"], 0.95),
+        "median token": median(A["stream/block_influence"]),
+        "rise of the loss without the block": [np.mean(row) for row in A["block_skip/loss"]],
+    },
     "What each sublayer is worth": lambda: {
         "without attn_out": A["sublayer_effect/attn_kl"].mean(1),
         "without mlp_out": A["sublayer_effect/mlp_kl"].mean(1),
@@ -302,6 +308,7 @@ def test_a_figure_is_left_out_where_there_is_nothing_to_draw(tmp_path: Path) -> 
         "Growth factor",
         "What the sublayers add",
         "Correlated or not",
+        "What each block changes",
     ]
     # Nor does this record tell d_model.
     assert made[3]["layout"]["yaxis"]["title"]["text"] == "norm / rate^layer"

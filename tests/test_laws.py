@@ -113,6 +113,11 @@ def _backwards(values: np.ndarray) -> np.ndarray:
     return values[::-1].copy()
 
 
+def _one_less(losses: np.ndarray) -> np.ndarray:
+    losses[10] = -0.01
+    return losses
+
+
 def _flat(values: np.ndarray) -> np.ndarray:
     return np.broadcast_to(values[:1], values.shape).copy()
 
@@ -818,6 +823,24 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "pythia-160m",
         _of("pythia-160m", "stream/attn_out", _flat),
         "‖attn_out‖ of the last layer over the first's",
+    ),
+    (
+        "depth/block_influence",
+        "gemma-2-2b",
+        _of("gemma-2-2b", "stream/block_influence", _backwards),
+        "block influence of the first half over the second's",
+    ),
+    (
+        "depth/block_influence",
+        "gemma-2-2b",
+        _of("gemma-2-2b", "stream/block_influence", _with_nan),
+        "block influence of the first half over the second's",
+    ),
+    (
+        "depth/block_skip",
+        "qwen2.5-7b",
+        _of("qwen2.5-7b", "block_skip/loss", _one_less),
+        "smallest rise of the loss without a block",
     ),
     (
         "depth/effect_bound",

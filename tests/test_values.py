@@ -122,6 +122,11 @@ def kl_over_bound(kind: str, name: str) -> np.ndarray:
     return found
 
 
+def influence(layers: slice) -> float:
+    """Mean block influence of some layers over text tokens."""
+    return float(np.mean(A["stream/block_influence"][layers][:, TEXT]))
+
+
 def spread() -> float:
     """Widest log ratio of the outer quantiles of text tokens, as a part of all growth."""
     widest = 0.0
@@ -289,6 +294,8 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
         geometric((MLP[-1] / MLP[0])[TEXT]),
         geometric((ATTN[-1] / ATTN[0])[TEXT]),
     ],
+    "depth/block_influence": lambda: [influence(slice(0, 5)) / influence(slice(6, 11))],
+    "depth/block_skip": lambda: [min(np.mean(row) for row in A["block_skip/loss"])],
     "depth/effect_bound": lambda: [kl_over_bound(kind, name).max() for kind, name in EFFECTS],
     "predictions/beats_unigram": lambda: [counted()],
     "predictions/best_of_its_neighbours": lambda: [highest_fall()],
