@@ -44,13 +44,25 @@ def compare_activations(old: Record, new: Record) -> list[Difference]:
         ):
             if np.isnan(norms[0][layer]).all() and np.isnan(norms[1][layer]).all():
                 continue  # neither has such a sublayer there
-            says = f"norms differ by {difference:.3%}, root mean square over {len(before)} tokens"
+            says = _from_to(norms[0][layer].astype(float), norms[1][layer].astype(float))
             found.append(
                 Difference(f"‖{name}‖", part, float(difference), float(allowed), says, layer)
             )
     if not found:
         raise NotApplicable("the baseline does not say what rounding does to it; measure it again")
     return found
+
+
+def _from_to(before: np.ndarray, after: np.ndarray) -> str:
+    """Mean norms over tokens, their ratio, and how far single tokens go."""
+    one, other = float(before.mean()), float(after.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        single = np.where(before == after, 0, after / before - 1)
+    spread = float(np.sqrt((single**2).mean()))
+    return (
+        f"mean norm {one:.4g} in the baseline, now {other:.4g} (×{other / max(one, 1e-30):.4g}); "
+        f"single tokens change by {spread:.2%}, root mean square over {len(before)}"
+    )
 
 
 def _refuse_routers(old: Record, new: Record) -> None:

@@ -30,7 +30,12 @@ def compare_predictions(old: Record, new: Record) -> list[Difference]:
         raise NotApplicable(
             "a record has no losses, or the baseline does not say what rounding does to it"
         )
-    before, after = shared_tokens(old, new)
+    before, after = (
+        tokens[~record.array("prediction/is_last")[tokens].astype(bool)]
+        for record, tokens in zip((old, new), shared_tokens(old, new), strict=True)
+    )
+    if not len(before):
+        raise NotApplicable("no prompt that both were measured on has two tokens")
     losses = [
         r.array("prediction/loss")[tokens].astype(float)
         for r, tokens in ((old, before), (new, after))

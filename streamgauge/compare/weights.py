@@ -8,9 +8,10 @@ import numpy as np
 from streamgauge.compare.difference import Difference
 from streamgauge.compare.rounding import layer_rounding, subnormal, tensor_rounding
 from streamgauge.numerics.names import layer_of, part_of
-from streamgauge.numerics.sketches import HEADS, factor, moved, surely_moved
+from streamgauge.numerics.sketches import HEADS, factor, moved, sketch_of_ones, surely_moved
 from streamgauge.record import Record
 
+FEW_BITS = 2.0**-7  # is left of a difference where a factor was rounded to bf16 or less
 SAME = 0.05  # two tensors are one, up to a factor, when less than this is left of their difference
 
 
@@ -32,7 +33,7 @@ def compare_weights(old: Record, new: Record) -> list[Difference]:
         others = {
             n: t.sketch for n, t in tables[0].items() if n != name and t.shape == before.shape
         }
-        size, says = _judge(before.sketch, after.sketch, before.norm, others)
+        size, says = _judge(before.sketch, after.sketch, before.norm, others, before.shape)
         allowed = rounding[name] + subnormal(
             rounding[name], float(np.sqrt(np.prod(before.shape))), before.norm
         )
@@ -77,29 +78,42 @@ def _unmatched(before: dict[str, _Tensor], after: dict[str, _Tensor]) -> Iterato
 
 
 def _judge(
-    before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]
+    before: np.ndarray,
+    after: np.ndarray,
+    norm: float,
+    others: dict[str, np.ndarray],
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[float, str]:
     """Relative difference of two sketches, as it is judged, and what it looks like."""
     size = float(surely_moved(before, after)) / norm if norm else float(np.abs(after).max() > 0)
-    return size, _looks_like(before, after, norm, others) if size != 0 else "unchanged"
+    return size, _looks_like(before, after, norm, others, shape) if size != 0 else "unchanged"
 
 
 def _looks_like(
-    before: np.ndarray, after: np.ndarray, norm: float, others: dict[str, np.ndarray]
+    before: np.ndarray,
+    after: np.ndarray,
+    norm: float,
+    others: dict[str, np.ndarray],
+    shape: tuple[int, ...] | None,
 ) -> str:
     if not np.isfinite(after).all():
         return "not finite"
     if not after.any():
         return "all zero"
     times, rest = factor(before, after)
-    if rest < min(SAME, abs(times - 1) / 3):
-        return f"×{times:.4g}" if times > 0 else f"sign turned, ×{times:.4g}"
+    if rest < min(SAME * abs(times), abs(times - 1) / 3):
+        rounded = ", rounded to few bits" if rest > FEW_BITS * abs(times) else ""
+        return f"×{times:.4g}{rounded}" if times > 0 else f"sign turned, ×{times:.4g}{rounded}"
     twin = next((name for name, values in others.items() if _is_same(values, after)), None)
     if twin and rest >= SAME:
         return f"holds what {twin} held"
-    return (
-        f"moved by {float(moved(before, after)) / norm:.3%} of its norm" if norm else "was all zero"
-    )
+    if not norm:
+        return "was all zero"
+    if shape is not None:
+        added, left = factor(sketch_of_ones(shape), after - before)
+        if left < SAME * abs(added):
+            return f"every number {'larger' if added > 0 else 'smaller'} by {abs(added):.4g}"
+    return f"moved by about {float(moved(before, after)) / norm:.2g} times its norm"
 
 
 def _is_same(before: np.ndarray, after: np.ndarray) -> bool:

@@ -31,6 +31,14 @@ def signs(length: int, side: int) -> np.ndarray:
     )
 
 
+def sketch_of_ones(shape: tuple[int, ...]) -> np.ndarray:
+    """The sketch of a tensor of ones: a vector counts as a row, a batch of matrices as one below
+    the other.
+    """
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    return np.asarray(signs(rows, 0).sum(1) * signs(columns, 1).sum(1), float)
+
+
 def moved(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Distance of tensors by their sketches, (…,): root mean square, which estimates ‖new - old‖_F
     to about a fifth.
