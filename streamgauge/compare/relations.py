@@ -1,0 +1,405 @@
+"""What turned one tensor into another, told from all its numbers: a factor, an offset, another
+order of its rows, a rotation, a range of zeros, rounding …
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+CHUNK = 2**20  # numbers that are taken to fp64 at once
+FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
+PROBES = 64  # rows whose angles tell a rotation
+LISTED = 3  # rows, blocks or numbers that are named
+UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
+EIGHT_BITS = 2.0**-4
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What became of a tensor.
+
+    kind: one word by which findings are put together (`same`, `rounded`, `factor`, `offset` …);
+    says: the sentence; size: ‖new - old‖ / ‖old‖; cosine: of the two as vectors; factor: what every
+    number was multiplied by, where that is what happened.
+    """
+
+    kind: str
+    says: str
+    size: float
+    cosine: float = 1.0
+    factor: float | None = None
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing but the rounding of a dtype happened."""
+        return self.kind in ("same", "rounded to a dtype")
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over all numbers of two tensors and of their difference, in fp64."""
+
+    old: float
+    new: float
+    both: float
+    moved: float
+    total_old: float
+    total_moved: float
+    count: int
+
+    @property
+    def size(self) -> float:
+        if self.old == 0:
+            return float(self.new > 0)
+        return float(np.sqrt(self.moved / self.old))
+
+    @property
+    def cosine(self) -> float:
+        length = np.sqrt(self.old * self.new)
+        return float(self.both / length) if length else float(self.old == self.new)
+
+
+def relation(old: np.ndarray, new: np.ndarray) -> Relation:
+    """How a tensor of the old checkpoint became that of the new, of the same shape.
+
+    Both as their files hold them, so that what a dtype rounds is told from what is not rounding.
+    """
+    if old.dtype == new.dtype and np.array_equal(old, new):
+        return Relation("same", "unchanged", 0.0)
+    if _is_cast(old, new):
+        return Relation("rounded to a dtype", f"the same as {new.dtype}", _moments(old, new).size)
+    if not np.isfinite(new).all() and np.isfinite(old).all():
+        return _not_finite(new)
+    moments = _moments(old, new)
+    base = Relation("moved", _moved(moments), moments.size, moments.cosine)
+    if not moments.old or not moments.new:
+        says = "all zero" if not moments.new else "was all zero"
+        return replace(base, kind="zero" if not moments.new else "moved", says=says)
+    for told in (
+        _constant,
+        _somewhere,
+        _offset,
+        _factor,
+        _order,
+        _turned,
+        _scaled,
+        _few_bits,
+        _rotated,
+    ):
+        found = told(old, new, moments)
+        if found is not None:
+            return replace(base, **found)
+    return base
+
+
+def unit(*arrays: np.ndarray) -> float:
+    """Unit roundoff of the coarsest dtype; 8-bit floats have that of E4M3."""
+    return max(UNITS.get(str(array.dtype), EIGHT_BITS) for array in arrays)
+
+
+Told = dict[str, Any] | None  # what a relation says, None where it is not the one
+
+
+def _is_cast(old: np.ndarray, new: np.ndarray) -> bool:
+    """Whether one is the other rounded to its dtype."""
+    if old.dtype == new.dtype:
+        return False
+    with np.errstate(over="ignore"):
+        return bool(
+            np.array_equal(old.astype(new.dtype), new) or np.array_equal(new.astype(old.dtype), old)
+        )
+
+
+def _moments(old: np.ndarray, new: np.ndarray) -> _Moments:
+    sums = np.zeros(6)  # in the order of the fields
+    before, after = old.reshape(-1), new.reshape(-1)
+    for start in range(0, before.size, CHUNK):
+        a, b = (x[start : start + CHUNK].astype(np.float64) for x in (before, after))
+        d = b - a
+        sums += [a @ a, b @ b, a @ b, d @ d, a.sum(), d.sum()]
+    one, other, both, moved, total_old, total_moved = map(float, sums)
+    return _Moments(one, other, both, moved, total_old, total_moved, before.size)
+
+
+def _moved(moments: _Moments) -> str:
+    return f"moved by {moments.size:.3g} times its norm, cosine {moments.cosine:.3f}"
+
+
+def _not_finite(new: np.ndarray) -> Relation:
+    places = np.argwhere(~np.isfinite(new))
+    says = (
+        f"{len(places):,} of {new.size:,} numbers are NaN or Inf, the first at {_place(places[0])}"
+    )
+    return Relation("not finite", says, float("nan"), float("nan"))
+
+
+def _place(index: np.ndarray) -> str:
+    return f"[{', '.join(str(int(n)) for n in index)}]"
+
+
+def _constant(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    first = new.flat[0]
+    if new.size > 1 and (new == first).all() and not (old == old.flat[0]).all():
+        return {"kind": "constant", "says": f"every number is {float(first):.4g}"}
+    return None
+
+
+def _somewhere(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """A change of a few numbers, of a range of them, or of few rows or columns."""
+    differs = (old != new).reshape(-1)
+    count = int(differs.sum())
+    if count > differs.size // 2:
+        return None
+    first, last = int(differs.argmax()), differs.size - 1 - int(differs[::-1].argmax())
+    if count == 1:
+        return _one_number(old, new, first)
+    is_range = 2 * count > last - first + 1 and last - first + 1 < differs.size // 2
+    width = old.shape[-1]
+    if is_range and (old.ndim < 2 or first % width or (last + 1) % width):
+        return _range(old, new, first, last)
+    if old.ndim < 2:
+        return {"kind": "numbers", "says": f"{count:,} of {old.size:,} numbers differ"}
+    return _few_rows(old, new, "row") or (
+        _few_rows(old.T, new.T, "column") if old.ndim == 2 else None
+    )
+
+
+def _one_number(old: np.ndarray, new: np.ndarray, flat: int) -> Told:
+    before, after = old.flat[flat], new.flat[flat]
+    place = _place(np.array(np.unravel_index(flat, old.shape)))
+    says = f"one number, at {place}: {float(before):.4g} in the baseline, now {float(after):.4g}"
+    if old.dtype == new.dtype:
+        bits = int.from_bytes(before.tobytes(), "little") ^ int.from_bytes(
+            after.tobytes(), "little"
+        )
+        says += ", one bit turned" if bits.bit_count() == 1 else ""
+    return {"kind": "numbers", "says": says}
+
+
+def _range(old: np.ndarray, new: np.ndarray, first: int, last: int) -> Told:
+    numbers = last - first + 1
+    own = new.reshape(-1)[first : last + 1]
+    start = _place(np.array(np.unravel_index(first, old.shape)))
+    where = f"{numbers:,} numbers from {start} on ({numbers * new.dtype.itemsize:,} bytes)"
+    if not own.any():
+        return {"kind": "range", "says": f"{where} are zero"}
+    if (own == own[0]).all():
+        return {"kind": "range", "says": f"{where} are all {float(own[0]):.4g}"}
+    flat = old.reshape(-1)
+    sample = own[: min(8, len(own))]
+    for at in np.flatnonzero(flat[: flat.size - numbers + 1] == sample[0]):
+        if np.array_equal(flat[at : at + numbers], own):
+            other = _place(np.array(np.unravel_index(int(at), old.shape)))
+            return {"kind": "range", "says": f"{where} hold what those from {other} on held"}
+    return {"kind": "range", "says": f"{where} differ, and nothing else"}
+
+
+def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
+    """Where less than half of the rows (or of the experts of a batch) differ: which, and how."""
+    word = "expert" if old.ndim > 2 and word == "row" else word
+    one, other = old.reshape(len(old), -1), new.reshape(len(new), -1)
+    rows = np.flatnonzero((one != other).any(1))
+    if len(rows) > len(one) // 2:
+        return None
+    named = ", ".join(map(str, rows[:LISTED])) + (" …" if len(rows) > LISTED else "")
+    where = f"{len(rows):,} of {len(one):,} {word}s differ ({named})"
+    order = _permutation(one[rows], other[rows])
+    if order is not None:
+        whole = np.arange(len(one))
+        whole[rows] = rows[order]
+        return {"kind": "order", "says": _say_order(whole, word)}
+    held = _permutation(one, other[rows])
+    if held is not None:
+        says = f"{where}: they hold what {word}s {', '.join(map(str, held[:LISTED]))} held"
+        return {"kind": "order", "says": says}
+    inner = relation(one[rows], other[rows])
+    says = inner.says if inner.kind != "numbers" else "in single numbers"
+    return {"kind": "rows", "says": f"{where}: {says}"}
+
+
+def _factor(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    times = moments.both / moments.old
+    rest = moments.new - times * moments.both  # ‖new - times old‖²
+    left = float(np.sqrt(max(rest, 0.0) / moments.new))
+    if left > FEW or abs(times - 1) < 3 * left or abs(times - 1) < unit(old, new):
+        return None
+    rounded = f", rounded to about {_bits(left)} bits" if left > 2 * unit(old, new) else ""
+    sign = "sign turned" if times < 0 else ""
+    says = ", ".join(word for word in (sign, f"×{times:.4g}" if times != -1 else "") if word)
+    return {"kind": "sign" if times < 0 else "factor", "says": says + rounded, "factor": times}
+
+
+def _bits(left: float) -> int:
+    """Of a mantissa, rounding to which is off by so much, root mean square: a step of 2^-bits of
+    the power of two below, uniform, over numbers that are 1.5 times that on average.
+    """
+    return max(0, round(float(-np.log2(left * np.sqrt(12) * 1.5))))
+
+
+def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Rounded to few levels: within blocks of 32 the error is as uniform as rounding makes it, of
+    its own size or relative to each number's power of two.
+    """
+    if moments.size > FEW * 3 or old.ndim < 2 or old.shape[-1] < 32:
+        return None
+    a, b = (x.reshape(-1, x.shape[-1])[:512].astype(np.float64) for x in (old, new))
+    width = a.shape[1] // 32 * 32
+    a, d = a[:, :width].reshape(-1, 32), (b - a)[:, :width].reshape(-1, 32)
+    # Formats have a smallest power of two, below which steps are even.
+    small = np.maximum(np.sqrt((a**2).mean()), 1e-30) / 16
+    powers = 2.0 ** np.floor(np.log2(np.maximum(np.abs(a), small)))
+    if min(_kurtosis(d), _kurtosis(d / powers)) > UNIFORM:
+        return None
+    return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
+
+
+# Of 32 uniform numbers the fourth moment over the squared second is 1.8 on average, of Gaussian
+# ones 2.8: the middle tells them apart by many blocks.
+UNIFORM = 2.3
+
+
+def _kurtosis(blocks: np.ndarray) -> float:
+    second = (blocks**2).mean(1)
+    moved = second > 0
+    if not moved.any():
+        return float("inf")
+    return float(((blocks[moved] ** 4).mean(1) / second[moved] ** 2).mean())
+
+
+def _offset(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    added = moments.total_moved / moments.count
+    left = moments.moved - moments.count * added**2
+    scale = float(np.sqrt((moments.old + moments.new) / moments.count))
+    if moments.count < 2 or abs(added) < 4 * unit(old, new) * scale:
+        return None
+    if np.sqrt(max(left, 0.0) / moments.count) > max(0.01 * abs(added), 2 * unit(old, new) * scale):
+        return None
+    if left >= moments.new - moments.both**2 / moments.old:
+        return None  # a factor leaves less
+    word = "larger" if added > 0 else "smaller"
+    return {"kind": "offset", "says": f"every number {word} by {abs(added):.4g}"}
+
+
+def _order(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """All rows, or all columns, in another order; of a batch of matrices the matrices."""
+    if abs(moments.new / moments.old - 1) > 4 * unit(old, new):
+        return None  # no order changes a norm
+    word = {1: "number", 2: "row"}.get(old.ndim, "expert")
+    rows = _permutation(old.reshape(len(old), -1), new.reshape(len(new), -1))
+    if rows is not None:
+        return {"kind": "order", "says": _say_order(rows, word)}
+    if old.ndim == 2:
+        columns = _permutation(old.T, new.T)
+        if columns is not None:
+            return {"kind": "order", "says": _say_order(columns, "column")}
+    return None
+
+
+def _permutation(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
+    """Where each row of the new was in the old, (rows,); None unless every one is found."""
+    if old.dtype != new.dtype:
+        coarser = max((old.dtype, new.dtype), key=lambda d: UNITS.get(str(d), EIGHT_BITS))
+        old, new = old.astype(coarser), new.astype(coarser)
+    places: dict[int, list[int]] = {}
+    for n, row in enumerate(old):
+        places.setdefault(hash(row.tobytes()), []).append(n)
+    found = []
+    for row in new:
+        own = places.get(hash(row.tobytes()))
+        if not own or not np.array_equal(old[own[0]], row):
+            return None
+        found.append(own.pop(0) if len(own) > 1 else own[0])
+    return np.array(found)
+
+
+def _say_order(order: np.ndarray, word: str) -> str:
+    """An order of rows in words: exchanged, moved, blocks of them, or the two halves of each block
+    one by one, as rotary layouts differ.
+    """
+    count = len(order)
+    moved = np.flatnonzero(order != np.arange(count))
+    if len(moved) == 2:
+        return f"{word}s {moved[0]} and {moved[1]} exchanged"
+    shifts = np.unique((order - np.arange(count)) % count)
+    if len(shifts) == 1:
+        by = int(-shifts[0]) % count
+        return f"{word}s moved by {by if by <= count // 2 else by - count}"
+    block = max(
+        (g for g in range(2, count // 2 + 1) if count % g == 0 and _in_blocks(order, g)), default=0
+    )
+    if block:
+        heads = order[::block] // block
+        other = np.flatnonzero(heads != np.arange(len(heads)))
+        said = ", ".join(f"{n} holds what {heads[n]} held" for n in other[:LISTED])
+        more = " …" if len(other) > LISTED else ""
+        return f"blocks of {block} {word}s in another order: {said}{more}"
+    for size in (g for g in range(4, count + 1, 2) if count % g == 0):
+        halves = np.arange(size).reshape(2, -1).T.ravel()
+        for pattern, says in ((halves, "side by side"), (np.argsort(halves), "half a block apart")):
+            whole = (np.arange(0, count, size)[:, None] + pattern).ravel()
+            if np.array_equal(order, whole):
+                return f"the pairs of each block of {size} {word}s {says}, as rotary layouts differ"
+    return f"all {count:,} {word}s there, in another order"
+
+
+def _in_blocks(order: np.ndarray, size: int) -> bool:
+    """Whether rows keep their places within blocks of a size."""
+    return bool(((order.reshape(-1, size) - order[::size, None]) == np.arange(size)).all())
+
+
+def _turned(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    if old.ndim == 2 and old.shape[0] == old.shape[1]:
+        same = np.array_equal(old.T, new) or _is_cast(old.T, new)
+        return {"kind": "transposed", "says": "transposed"} if same else None
+    return None
+
+
+def _scaled(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Each row, or each column, by a factor of its own."""
+    if old.ndim != 2 or min(old.shape) < 2:
+        return None
+    for axis, word in ((1, "row"), (0, "column")):
+        products = [((a * a).sum(axis), (a * b).sum(axis)) for a, b in _parts(old, new)]
+        own, both = (
+            np.concatenate(sums) if axis else np.sum(sums, axis=0)
+            for sums in zip(*products, strict=True)
+        )
+        times = both / np.maximum(own, 1e-300)
+        # ‖b - c a‖² = ‖b‖² - c a·b, row by row or column by column.
+        left = float(np.sqrt(max(0.0, 1 - (times * both).sum() / moments.new)))
+        if left < 3 * unit(old, new) + np.sqrt(1e-14):
+            says = f"each {word} × a factor of its own, {times.min():.3g} to {times.max():.3g}"
+            return {"kind": f"{word}s scaled", "says": says}
+    return None
+
+
+def _parts(old: np.ndarray, new: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of two matrices in fp64, as many as there is room for at once."""
+    rows = max(1, CHUNK // old.shape[1])
+    for start in range(0, len(old), rows):
+        yield (
+            old[start : start + rows].astype(np.float64),
+            new[start : start + rows].astype(np.float64),
+        )
+
+
+def _rotated(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Rows that keep their lengths and angles, or columns that do."""
+    if old.ndim != 2 or moments.cosine > 0.99:
+        return None
+    for a, b, word in ((old, new, "rows"), (old.T, new.T, "columns")):
+        probes = _probes(len(a))
+        one, other = (x[probes].astype(np.float64) for x in (a, b))
+        grams = one @ one.T, other @ other.T
+        off = float(np.linalg.norm(grams[1] - grams[0]) / np.linalg.norm(grams[0]))
+        if off < 6 * unit(old, new) and a.shape[1] > 1:
+            return {"kind": "rotated", "says": f"rotated: {word} keep their lengths and angles"}
+    return None
+
+
+@cache
+def _probes(count: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).choice(count, min(PROBES, count), replace=False))
