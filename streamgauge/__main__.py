@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from streamgauge.catalogued import location, part
 from streamgauge.errors import (
@@ -244,39 +244,29 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from streamgauge.checkpoints.files import open_checkpoint
-    from streamgauge.compare import differences, rows_to_share, table
-    from streamgauge.measure import measure
-    from streamgauge.record import Record
+    from streamgauge.compare import table
+    from streamgauge.compare.verdict import lines_of
+    from streamgauge.diff import diff
     from streamgauge.store import Store, default_store
 
     store = Store(options.store or default_store())
     store.prepare()
-
-    def record_of(name: str, rows: Any = None) -> Record:
-        if Path(name).is_file() and not name.endswith(".gguf"):
-            return Record.load(name)
-        checkpoint = open_checkpoint(
-            location(name), allow_pickle=options.allow_pickle, store=store.folder
-        )
-        return measure(
-            checkpoint,
-            store=store,
-            prompts=options.prompts,
-            device=options.device,
-            neighbours="none",
-            draws=0,
-            rows=rows,
-            show=True,
-        )
-
-    old = record_of(options.old)
-    lines, differing = table(
-        differences(old, record_of(options.new, rows_to_share(old))),
-        None if options.all else LISTED,
+    found = diff(
+        options.old,
+        options.new,
+        store,
+        prompts=options.prompts,
+        device=options.device,
+        allow_pickle=options.allow_pickle,
+        show=True,
     )
-    print("\n".join(lines))
-    return FAILED if differing else 0
+    listed = None if options.all else LISTED
+    # Where every number was compared that says more than sketches and norms do.
+    read = None if found.changes is None else len(found.changes)
+    told = () if read is None or options.all else ("weights", "norms")
+    print("\n".join(lines_of(found.verdict, read, listed)))
+    print("\n".join(table(found.differences, None if options.all else 0, told)[0]))
+    return FAILED if found.verdict.differs else 0
 
 
 def _calibrate(options: argparse.Namespace) -> None:

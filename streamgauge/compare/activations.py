@@ -5,17 +5,19 @@ measured on.
 import numpy as np
 
 from streamgauge.compare.difference import FALSE_ALARMS, Difference
-from streamgauge.compare.rounding import FP32, weight_rounding
+from streamgauge.compare.rounding import FP32, coarsest, weight_rounding
 from streamgauge.errors import NotApplicable
 from streamgauge.record import Record
 
 ACTIVATIONS = {"resid": "stream", "attn_out": "attn", "mlp_out": "mlp"}
 
 
-def compare_activations(old: Record, new: Record) -> list[Difference]:
+def compare_activations(old: Record, new: Record, *, rewritten: bool = False) -> list[Difference]:
     """Log norms of the stream and of what is added to it, by layer, over the tokens of prompts that
     both were measured on.
 
+    rewritten: whether other weights may stand for the same function, each rounded by itself to the
+    dtype that it is stored in.
     Raises NotApplicable where they share no prompts, or the baseline does not say what rounding
     does to it.
     """
@@ -40,7 +42,7 @@ def compare_activations(old: Record, new: Record) -> list[Difference]:
         change[norms[0] == norms[1]] = 0
         size = np.sqrt((change**2).mean(1))
         for layer, (difference, allowed) in enumerate(
-            zip(size, _allowed(old, new, name), strict=True)
+            zip(size, _allowed(old, new, name, rewritten), strict=True)
         ):
             if np.isnan(norms[0][layer]).all() and np.isnan(norms[1][layer]).all():
                 continue  # neither has such a sublayer there
@@ -82,7 +84,7 @@ def _refuse_routers(old: Record, new: Record) -> None:
         )
 
 
-def _allowed(old: Record, new: Record, name: str) -> np.ndarray:
+def _allowed(old: Record, new: Record, name: str, rewritten: bool = False) -> np.ndarray:
     """The root mean square that rounding explains, by layer.
 
     Mean squares of the `rounding` draws, each a weighted sum of squares of normal variables, are
@@ -100,6 +102,8 @@ def _allowed(old: Record, new: Record, name: str) -> np.ndarray:
     comparisons = 3 * (old.n_layers + 1) + 1
     quantile = float(fdtri(freedom, draws * freedom, 1 - FALSE_ALARMS / comparisons))
     weights = weight_rounding(old, new)
+    if rewritten:
+        weights = max(weights, coarsest(old, new))
     # Arithmetic is fp32: sums of d_model terms in another order are off by the root of their number
     # (Higham 2002, §4.2).
     arithmetic = np.sqrt(old.metadata["d_model"]) * FP32

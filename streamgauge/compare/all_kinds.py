@@ -1,10 +1,11 @@
 """Every comparison of two records, and a table of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from streamgauge.compare.activations import compare_activations
 from streamgauge.compare.config import compare_config
 from streamgauge.compare.difference import Difference, beyond, nearest_layers
+from streamgauge.compare.findings import place_of
 from streamgauge.compare.norms import compare_norms
 from streamgauge.compare.predictions import compare_predictions
 from streamgauge.compare.weights import compare_weights
@@ -38,12 +39,17 @@ KINDS: dict[str, Callable[[Record, Record], list[Difference]]] = {
 }
 
 
-def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[str], bool]:
+def table(
+    found: dict[str, list[Difference]], listed: int | None, without: Collection[str] = ()
+) -> tuple[list[str], bool]:
     """All comparisons as lines for a terminal, the largest of each kind first, and whether anything
-    differs.
+    differs. listed: how many of a kind, all where None; where 0, the first of the forward pass
+    stands in the kind's own line. without: kinds that are told elsewhere.
     """
     lines: list[str] = []
     for kind, compared in found.items():
+        if kind in without:
+            continue
         differing = beyond(compared)
         where = (
             f", {nearest_layers(differing)}"
@@ -51,6 +57,9 @@ def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[
             else ""
         )
         most = "" if differing else _most(compared)
+        if differing and listed == 0:
+            first = min(differing, key=lambda one: place_of(one.layer, one.part, one.name))
+            most = f"; first {first}"
         lines.append(f"{kind}: {len(differing):,} of {len(compared):,} differ{where}{most}")
         shown = differing if listed is None else differing[:listed]
         width = max((len(one.where) for one in shown), default=0)
@@ -58,7 +67,7 @@ def table(found: dict[str, list[Difference]], listed: int | None) -> tuple[list[
             f"  {one.where:<{width}}  {one.says}  ({one.excess:,.1f}× what is allowed)"
             for one in shown
         ]
-        if len(shown) < len(differing):
+        if listed and len(shown) < len(differing):
             lines.append(f"  {len(differing) - len(shown):,} more; --all prints them")
     missing = [kind for kind in KINDS if kind not in found]
     if missing:

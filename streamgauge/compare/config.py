@@ -10,18 +10,30 @@ from streamgauge.record import Record
 
 
 def compare_config(old: Record, new: Record) -> list[Difference]:
-    """Entries of the two configurations, one level deep.
+    """Entries of the two configurations, two levels deep.
 
     Raises NotApplicable where a record holds none.
     """
     before, after = (record.metadata.get("config") for record in (old, new))
     if before is None or after is None:
         raise NotApplicable("a record holds no configuration")
+    before, after = _flat(before, after), _flat(after, before)
     found = []
     for name in sorted(set(before) | set(after)):
         one, other = before.get(name), after.get(name)
         says = f"{_short(one)} in the baseline, now {_short(other)}"
         found.append(Difference(name, "config", 0.0 if _same(one, other) else 1.0, 0.5, says))
+    return found
+
+
+def _flat(entries: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """Entries, and those within an entry that is a table on both sides, as `rope_parameters.x`."""
+    found: dict[str, Any] = {}
+    for name, value in entries.items():
+        if isinstance(value, dict) and isinstance(beside.get(name), dict):
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[name] = value
     return found
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.compare.relations import Relation
+
 LISTED = 50  # differences of a kind that a page lists
 
 
@@ -17,7 +19,7 @@ class Difference:
     it is, in which layer, head.
 
     size: the relative difference, by which it is judged; allowed: what rounding explains of it;
-    says: what happened to it.
+    says: what happened to it; relation: the same of a whole tensor.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Difference:
     says: str
     layer: int | None = None
     head: int | None = None
+    relation: Relation | None = None
 
     @property
     def excess(self) -> float:

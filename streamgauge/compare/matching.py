@@ -5,6 +5,8 @@ prefix.
 from collections import Counter
 from collections.abc import Iterable
 
+from streamgauge.record import Record
+
 
 def matched_names(old: Iterable[str], new: Iterable[str]) -> dict[str, str]:
     """From names of the old checkpoint to those of the new.
@@ -43,3 +45,12 @@ def _prefixes(left: Iterable[str], right: Iterable[str]) -> list[tuple[str, str]
 def _starts(name: str) -> list[int]:
     """Where the parts of a dotted name begin."""
     return [0, *(n + 1 for n, letter in enumerate(name) if letter == ".")]
+
+
+def with_names_of(old: Record, new: Record) -> Record:
+    """The new record with its tensors called as the old one calls them."""
+    rows = {row["name"]: row for row in new.metadata.get("parameters", [])}
+    pairs = matched_names([row["name"] for row in old.metadata.get("parameters", [])], rows)
+    names = {theirs: ours for ours, theirs in pairs.items()}
+    renamed = [row | {"name": names.get(name, name)} for name, row in rows.items()]
+    return Record(new.arrays, new.metadata | {"parameters": renamed})

@@ -3,6 +3,7 @@
 import numpy as np
 
 from streamgauge.compare.difference import Difference
+from streamgauge.compare.matching import with_names_of
 from streamgauge.compare.rounding import FP32, layer_rounding, subnormal, tensor_rounding
 from streamgauge.compare.weights import tensors_of
 from streamgauge.errors import NotApplicable
@@ -30,6 +31,7 @@ def compare_norms(old: Record, new: Record) -> list[Difference]:
 
     Raises NotApplicable where the records share none.
     """
+    new = with_names_of(old, new)
     found = _tensor_norms(old, new)
     layers = layer_rounding(old, new)
     d_model = old.metadata["d_model"]

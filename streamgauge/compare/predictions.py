@@ -9,10 +9,10 @@ from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
 
 
-def compare_predictions(old: Record, new: Record) -> list[Difference]:
+def compare_predictions(old: Record, new: Record, *, rewritten: bool = False) -> list[Difference]:
     """Tokens of the prompts, and losses over prompts of the same tokens.
 
-    Raises NotApplicable likewise.
+    rewritten: as of `compare_activations`. Raises NotApplicable likewise.
     """
     rows = [_rows(record) for record in (old, new)]
     texts = [record.metadata.get("texts_sha256") for record in (old, new)]
@@ -50,7 +50,9 @@ def compare_predictions(old: Record, new: Record) -> list[Difference]:
         f"{agreed:.1%} of most likely tokens agree"
     )
     return [
-        Difference("loss", "predictions", size, float(_allowed(old, new, "loss")[0]), says),
+        Difference(
+            "loss", "predictions", size, float(_allowed(old, new, "loss", rewritten)[0]), says
+        ),
         *found,
     ]
 

@@ -2,6 +2,7 @@
 order of its rows, a rotation, a range of zeros, rounding …
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -62,10 +63,11 @@ class _Moments:
         return float(self.both / length) if length else float(self.old == self.new)
 
 
-def relation(old: np.ndarray, new: np.ndarray) -> Relation:
+def relation(old: np.ndarray, new: np.ndarray, d_head: int = 0) -> Relation:
     """How a tensor of the old checkpoint became that of the new, of the same shape.
 
     Both as their files hold them, so that what a dtype rounds is told from what is not rounding.
+    d_head: how many rows, or columns, are one head, where they are.
     """
     if old.dtype == new.dtype and np.array_equal(old, new):
         return Relation("same", "unchanged", 0.0)
@@ -78,21 +80,33 @@ def relation(old: np.ndarray, new: np.ndarray) -> Relation:
     if not moments.old or not moments.new:
         says = "all zero" if not moments.new else "was all zero"
         return replace(base, kind="zero" if not moments.new else "moved", says=says)
-    for told in (
-        _constant,
-        _somewhere,
-        _offset,
-        _factor,
-        _order,
-        _turned,
-        _scaled,
-        _few_bits,
-        _rotated,
-    ):
+    for told in _TOLD:
         found = told(old, new, moments)
         if found is not None:
-            return replace(base, **found)
+            return _with_heads(replace(base, **found), d_head)
     return base
+
+
+def _with_heads(found: Relation, d_head: int) -> Relation:
+    """Rows and columns by the heads that they are."""
+    if d_head < 2:
+        return found
+
+    def shifted(match: re.Match[str]) -> str:
+        by = int(match.group(1))
+        return match.group() if by % d_head else f"heads moved by {by // d_head}"
+
+    def whole(match: re.Match[str]) -> str:
+        first, last = int(match.group(1)), int(match.group(2)) + 1
+        if first % d_head or last % d_head:
+            return match.group()
+        heads = range(first // d_head, last // d_head)
+        return f"head {heads[0]}" if len(heads) == 1 else f"heads {heads[0]} to {heads[-1]}"
+
+    says = re.sub(rf"blocks of {d_head} (?:row|column)s", "heads", found.says)
+    says = re.sub(r"(?:row|column)s moved by (-?\d+)", shifted, says)
+    says = re.sub(r"[\d,]+ of [\d,]+ (?:row|column)s differ \((\d+) to (\d+)\)", whole, says)
+    return replace(found, says=says)
 
 
 def unit(*arrays: np.ndarray) -> float:
@@ -100,7 +114,7 @@ def unit(*arrays: np.ndarray) -> float:
     return max(UNITS.get(str(array.dtype), EIGHT_BITS) for array in arrays)
 
 
-Told = dict[str, Any] | None  # what a relation says, None where it is not the one
+Told = dict[str, Any] | None  # of `Relation`: what a relation says, None where it is not the one
 
 
 def _is_cast(old: np.ndarray, new: np.ndarray) -> bool:
@@ -204,8 +218,7 @@ def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
     rows = np.flatnonzero((one != other).any(1))
     if len(rows) > len(one) // 2:
         return None
-    named = ", ".join(map(str, rows[:LISTED])) + (" …" if len(rows) > LISTED else "")
-    where = f"{len(rows):,} of {len(one):,} {word}s differ ({named})"
+    where = f"{len(rows):,} of {len(one):,} {word}s differ ({_numbers(rows)})"
     order = _permutation(one[rows], other[rows])
     if order is not None:
         whole = np.arange(len(one))
@@ -218,6 +231,13 @@ def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
     inner = relation(one[rows], other[rows])
     says = inner.says if inner.kind != "numbers" else "in single numbers"
     return {"kind": "rows", "says": f"{where}: {says}"}
+
+
+def _numbers(rows: np.ndarray) -> str:
+    """Which rows: a stretch of them, or the first."""
+    if len(rows) > LISTED and rows[-1] - rows[0] + 1 == len(rows):
+        return f"{rows[0]} to {rows[-1]}"
+    return ", ".join(map(str, rows[:LISTED])) + (" …" if len(rows) > LISTED else "")
 
 
 def _factor(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
@@ -249,7 +269,7 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     width = a.shape[1] // 32 * 32
     a, d = a[:, :width].reshape(-1, 32), (b - a)[:, :width].reshape(-1, 32)
     # Formats have a smallest power of two, below which steps are even.
-    small = np.maximum(np.sqrt((a**2).mean()), 1e-30) / 16
+    small = np.maximum(np.sqrt((a**2).mean()), 1e-30) / 256
     powers = 2.0 ** np.floor(np.log2(np.maximum(np.abs(a), small)))
     if min(_kurtosis(d), _kurtosis(d / powers)) > UNIFORM:
         return None
@@ -357,12 +377,30 @@ def _turned(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     return None
 
 
+def _centred(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Each row, or each column, less its mean."""
+    if old.ndim > 2 or moments.size > 1:
+        return None
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (old, new))
+    for axis, word in ((1, "row"), (0, "column")):
+        mean = a.mean(axis, dtype=np.float64, keepdims=True)
+        if axis == 0 and len(a) == 1:
+            continue  # a vector is one row
+        left = 0.0
+        for start, (one, other) in _parts(a, b):
+            own = mean[start : start + len(one)] if axis else mean
+            left += float(((other - (one - own)) ** 2).sum())
+        if np.sqrt(left / moments.new) < 3 * unit(old, new):
+            return {"kind": "centred", "says": f"each {word} less its mean"}
+    return None
+
+
 def _scaled(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """Each row, or each column, by a factor of its own."""
     if old.ndim != 2 or min(old.shape) < 2:
         return None
     for axis, word in ((1, "row"), (0, "column")):
-        products = [((a * a).sum(axis), (a * b).sum(axis)) for a, b in _parts(old, new)]
+        products = [((a * a).sum(axis), (a * b).sum(axis)) for _, (a, b) in _parts(old, new)]
         own, both = (
             np.concatenate(sums) if axis else np.sum(sums, axis=0)
             for sums in zip(*products, strict=True)
@@ -370,20 +408,21 @@ def _scaled(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         times = both / np.maximum(own, 1e-300)
         # ‖b - c a‖² = ‖b‖² - c a·b, row by row or column by column.
         left = float(np.sqrt(max(0.0, 1 - (times * both).sum() / moments.new)))
-        if left < 3 * unit(old, new) + np.sqrt(1e-14):
+        exact = left < 3 * unit(old, new) + 1e-7
+        # Factors that explain most of a difference, and leave what rounding leaves.
+        if exact or left < min(FEW, moments.size / 5):
             says = f"each {word} × a factor of its own, {times.min():.3g} to {times.max():.3g}"
+            says += "" if exact else f", rounded to about {_bits(left)} bits"
             return {"kind": f"{word}s scaled", "says": says}
     return None
 
 
-def _parts(old: np.ndarray, new: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of two matrices in fp64, as many as there is room for at once."""
+def _parts(old: np.ndarray, new: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Rows of two matrices in fp64, as many as there is room for at once, and where they start."""
     rows = max(1, CHUNK // old.shape[1])
     for start in range(0, len(old), rows):
-        yield (
-            old[start : start + rows].astype(np.float64),
-            new[start : start + rows].astype(np.float64),
-        )
+        some = slice(start, start + rows)
+        yield start, (old[some].astype(np.float64), new[some].astype(np.float64))
 
 
 def _rotated(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
@@ -403,3 +442,18 @@ def _rotated(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
 @cache
 def _probes(count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(count, min(PROBES, count), replace=False))
+
+
+# In this order: what explains a difference exactly goes before what explains most of it.
+_TOLD = (
+    _constant,
+    _somewhere,
+    _offset,
+    _factor,
+    _order,
+    _turned,
+    _centred,
+    _scaled,
+    _few_bits,
+    _rotated,
+)

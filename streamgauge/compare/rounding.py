@@ -56,6 +56,12 @@ def _rounding(before: set[str], after: set[str], grids: float) -> float:
     return max([UNIT.get(dtype, 0.0) for dtype in before | after] + [FP32, grids])
 
 
+def coarsest(*records: Record) -> float:
+    """Unit roundoff of the coarsest float dtype that the files are stored in."""
+    dtypes = [part.strip() for r in records for part in str(r.metadata["stored_dtype"]).split(",")]
+    return max(UNIT.get(dtype, 0.0) for dtype in dtypes)
+
+
 def weight_rounding(old: Record, new: Record) -> float:
     """The largest of these, of a whole model; for records without tensors by all dtypes of the
     files.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamgauge.compare.difference import Difference
+from streamgauge.compare.matching import with_names_of
+from streamgauge.compare.relations import Relation
 from streamgauge.compare.rounding import layer_rounding, subnormal, tensor_rounding
 from streamgauge.numerics.names import layer_of, part_of
 from streamgauge.numerics.sketches import HEADS, factor, moved, sketch_of_ones, surely_moved
@@ -20,6 +22,7 @@ def compare_weights(old: Record, new: Record) -> list[Difference]:
 
     Raises NotApplicable where a record has no sketches.
     """
+    new = with_names_of(old, new)
     tables = [tensors_of(record) for record in (old, new)]
     rounding = tensor_rounding(old, new)
     found = list(_unmatched(*tables))
@@ -33,13 +36,19 @@ def compare_weights(old: Record, new: Record) -> list[Difference]:
         others = {
             n: t.sketch for n, t in tables[0].items() if n != name and t.shape == before.shape
         }
-        size, says = _judge(before.sketch, after.sketch, before.norm, others, before.shape)
+        size, told = _judge(before.sketch, after.sketch, before.norm, others, before.shape)
         allowed = rounding[name] + subnormal(
             rounding[name], float(np.sqrt(np.prod(before.shape))), before.norm
         )
         found.append(
             Difference(
-                name, part_of(name), size, allowed if before.norm else 0.5, says, layer_of(name)
+                name,
+                part_of(name),
+                size,
+                allowed if before.norm else 0.5,
+                told.says,
+                layer_of(name),
+                relation=told,
             )
         )
     return found + list(_heads(old, new))
@@ -65,16 +74,16 @@ def _unmatched(before: dict[str, _Tensor], after: dict[str, _Tensor]) -> Iterato
     """Tensors that only one of the two has, or that have another shape now."""
     for name in sorted(set(before) | set(after)):
         if name not in after:
-            yield Difference(
-                name, part_of(name), 1.0, 0.5, "missing, the baseline has it", layer_of(name)
-            )
+            kind, says = "missing", "missing, the baseline has it"
         elif name not in before:
-            yield Difference(
-                name, part_of(name), 1.0, 0.5, "new, the baseline has none", layer_of(name)
-            )
+            kind, says = "new", "new, the baseline has none"
         elif before[name].shape != after[name].shape:
+            kind = "shape"
             says = f"shape {before[name].shape} in the baseline, now {after[name].shape}"
-            yield Difference(name, part_of(name), 1.0, 0.5, says, layer_of(name))
+        else:
+            continue
+        told = Relation(kind, says, 1.0, 0.0)
+        yield Difference(name, part_of(name), 1.0, 0.5, says, layer_of(name), relation=told)
 
 
 def _judge(
@@ -83,10 +92,15 @@ def _judge(
     norm: float,
     others: dict[str, np.ndarray],
     shape: tuple[int, ...] | None = None,
-) -> tuple[float, str]:
+) -> tuple[float, Relation]:
     """Relative difference of two sketches, as it is judged, and what it looks like."""
     size = float(surely_moved(before, after)) / norm if norm else float(np.abs(after).max() > 0)
-    return size, _looks_like(before, after, norm, others, shape) if size != 0 else "unchanged"
+    if size == 0:
+        return size, Relation("same", "unchanged", 0.0)
+    kind, says = _looks_like(before, after, norm, others, shape)
+    lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
+    about = float(moved(before, after)) / norm if norm else 1.0
+    return size, Relation(kind, says, about, float(before @ after) / lengths if lengths else 0.0)
 
 
 def _looks_like(
@@ -95,25 +109,28 @@ def _looks_like(
     norm: float,
     others: dict[str, np.ndarray],
     shape: tuple[int, ...] | None,
-) -> str:
+) -> tuple[str, str]:
+    """A relation's kind and its sentence."""
     if not np.isfinite(after).all():
-        return "not finite"
+        return "not finite", "not finite"
     if not after.any():
-        return "all zero"
+        return "zero", "all zero"
     times, rest = factor(before, after)
     if rest < min(SAME * abs(times), abs(times - 1) / 3):
         rounded = ", rounded to few bits" if rest > FEW_BITS * abs(times) else ""
-        return f"×{times:.4g}{rounded}" if times > 0 else f"sign turned, ×{times:.4g}{rounded}"
+        says = f"×{times:.4g}{rounded}"
+        return ("factor", says) if times > 0 else ("sign", f"sign turned, {says}")
     twin = next((name for name, values in others.items() if _is_same(values, after)), None)
     if twin and rest >= SAME:
-        return f"holds what {twin} held"
+        return "held", f"holds what {twin} held"
     if not norm:
-        return "was all zero"
+        return "moved", "was all zero"
     if shape is not None:
         added, left = factor(sketch_of_ones(shape), after - before)
         if left < SAME * abs(added):
-            return f"every number {'larger' if added > 0 else 'smaller'} by {abs(added):.4g}"
-    return f"moved by about {float(moved(before, after)) / norm:.2g} times its norm"
+            word = "larger" if added > 0 else "smaller"
+            return "offset", f"every number {word} by {abs(added):.4g}"
+    return "moved", f"moved by about {float(moved(before, after)) / norm:.2g} times its norm"
 
 
 def _is_same(before: np.ndarray, after: np.ndarray) -> bool:
@@ -132,11 +149,11 @@ def _heads(old: Record, new: Record) -> Iterator[Difference]:
         for layer, head in np.argwhere(~np.isnan(norms)):  # where a layer has such a head
             others = {f"head {h}": before[layer, h] for h in range(norms.shape[1]) if h != head}
             norm, rounding = float(norms[layer, head]), float(by_layer[layer])
-            size, says = _judge(before[layer, head], after[layer, head], norm, others)
+            size, told = _judge(before[layer, head], after[layer, head], norm, others)
             # No head has more than d_model² numbers.
             allowed = (
                 rounding + float(gains[layer]) + subnormal(rounding, old.metadata["d_model"], norm)
             )
             yield Difference(
-                name, "attn", size, allowed if norm else 0.5, says, int(layer), int(head)
+                name, "attn", size, allowed if norm else 0.5, told.says, int(layer), int(head)
             )

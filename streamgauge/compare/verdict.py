@@ -1,0 +1,259 @@
+"""The verdict on two checkpoints in one sentence, and what leads to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streamgauge.compare.activations import compare_activations
+from streamgauge.compare.difference import Difference, beyond
+from streamgauge.compare.findings import Finding, findings, place_of
+from streamgauge.compare.predictions import compare_predictions
+from streamgauge.compare.tensors import Change
+from streamgauge.errors import NotApplicable
+from streamgauge.record import Record
+
+IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
+QUANTISED, TRAINED, OTHER_MODEL = "quantised", "trained", "another model"
+DAMAGED, OTHER_SETTINGS, OTHER_TOKENIZER = "damaged", "other configuration", "other tokenizer"
+
+NAMED = 3  # findings that the first sentence names
+BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
+ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
+OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
+COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
+REWRITTEN = ("constant", "offset", "order", "rotated", "centred", "columns scaled", "rows scaled")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What two checkpoints are to each other.
+
+    kind: one of the words above; says: the sentence; found: what happened to tensors, by the order
+    of the forward pass; function: whether activations and predictions agree, None where that
+    cannot be told; first: where the two part first.
+    """
+
+    kind: str
+    says: str
+    found: list[Finding] = field(default_factory=list)
+    function: bool | None = None
+    first: str | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything differs beyond a dtype's rounding."""
+        return self.kind not in (IDENTICAL, SAME_WEIGHTS)
+
+
+def judge(
+    old: Record,
+    new: Record,
+    compared: dict[str, list[Difference]],
+    changes: Sequence[Change] | None = None,
+    tokenizers: Sequence[str] = (),
+) -> Verdict:
+    """The verdict on two records.
+
+    compared: what `differences` found; changes: of the tensors themselves where both were at hand,
+    else sketches tell; tokenizers: what `compare_tokenizers` found to matter.
+    """
+    changes = _by_sketches(compared) if changes is None else list(changes)
+    found, function = findings(changes), _same_function(old, new)
+    settings = [f"{one.name} {one.says}" for one in beyond(compared.get("config", []))]
+    kind, says = _judge(old, new, changes, found, function, settings, list(tokenizers))
+    return Verdict(kind, says, found, function, _first(found, compared))
+
+
+def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
+    """What sketches say of each tensor; what rounding explains is no change."""
+    return [
+        Change(one.name, one.relation)
+        for one in compared.get("weights", [])
+        if one.relation is not None and (one.excess > 1 or one.relation.kind == "same")
+    ]
+
+
+def _same_function(old: Record, new: Record) -> bool | None:
+    """Whether activations and losses agree as two ways of writing one function do, each rounded to
+    its dtype.
+    """
+    agreed = None
+    for compare in (compare_activations, compare_predictions):
+        try:
+            found = compare(old, new, rewritten=True)
+        except NotApplicable:
+            continue
+        if beyond(found):
+            return False
+        agreed = True
+    return agreed
+
+
+def _judge(
+    old: Record,
+    new: Record,
+    changes: list[Change],
+    found: list[Finding],
+    function: bool | None,
+    settings: list[str],
+    tokenizers: list[str],
+) -> tuple[str, str]:
+    """The verdict's kind and sentence."""
+    beside = settings + tokenizers
+    broken = _broken(new)
+    if broken:
+        return DAMAGED, f"damaged: {'; '.join(broken[:NAMED])}"
+    if not found:
+        if settings:
+            return OTHER_SETTINGS, f"the same weights, and another config.json: {_some(settings)}"
+        if tokenizers:
+            return OTHER_TOKENIZER, f"the same weights, and another tokenizer: {_some(tokenizers)}"
+        return _same_weights(old, new, changes)
+    shapes = _shape(old), _shape(new)
+    if shapes[0] != shapes[1] and all(one.kind in ("missing", "new") for one in found):
+        says = _some([one.says for one in found])
+        return DAMAGED, f"damaged: {shapes[0]} in the baseline, now {shapes[1]}: {says}"
+    if shapes[0] != shapes[1]:
+        return OTHER_MODEL, f"another model: {shapes[0]} in the baseline, now {shapes[1]}"
+    if function and not beside:
+        how = _how(found)
+        return SAME_FUNCTION, f"the same function in other weights{f': {how}' if how else ''}"
+    more = f"; besides, {_some(beside)}" if beside else ""
+    for told in (_quantised, _trained):
+        kind, says = told(old, new, changes, found)
+        if kind:
+            return kind, says + more
+    return DAMAGED, f"damaged: {_some([one.says for one in found])}{more}"
+
+
+def _broken(new: Record) -> list[str]:
+    problems = new.metadata.get("integrity") or {}
+    return list(problems.get("not_finite", []))
+
+
+def _some(lines: list[str]) -> str:
+    more = f"; {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
+    return "; ".join(lines[:NAMED]) + more
+
+
+def _shape(record: Record) -> str:
+    return f"{record.n_layers} layers of width {record.metadata['d_model']}"
+
+
+def _same_weights(old: Record, new: Record, changes: list[Change]) -> tuple[str, str]:
+    dtypes = old.metadata["stored_dtype"], new.metadata["stored_dtype"]
+    if dtypes[0] != dtypes[1]:
+        return SAME_WEIGHTS, f"the same weights, stored as {dtypes[1]} where it was {dtypes[0]}"
+    hashes = old.metadata.get("weights_sha256"), new.metadata.get("weights_sha256")
+    if hashes[0] == hashes[1] and hashes[0] is not None:
+        return IDENTICAL, "identical: the same weight files, configuration and tokenizer"
+    return SAME_WEIGHTS, "the same weights, in other files"
+
+
+def _how(found: list[Finding]) -> str:
+    """How one function was written in other weights, where that is told."""
+    kinds = {one.kind for one in found}
+    norms = [one for one in found for c in one.changes if c.part == "norm"]
+    embeds = {c.relation.kind for one in found for c in one.changes if c.part == "embed"}
+    said = []
+    if (
+        norms
+        and kinds & {"constant", "offset"}
+        and kinds & {"columns scaled", "rows scaled", "moved"}
+    ):
+        said.append("norms' gains folded into the next weights")
+    if "rotated" in embeds:
+        said.append("the stream rotated")
+    elif "rotated" in kinds:
+        said.append("queries and keys rotated together")
+    if "order" in kinds:
+        said.append("heads or neurons in another order")
+    if "centred" in kinds:
+        said.append("means taken out of what is written")
+    if "padded" in kinds:
+        said.append("tables with more rows")
+    if not said and kinds & {"factor", "rows scaled", "columns scaled"}:
+        said.append("matrices scaled against each other")
+    if "fused" in kinds:
+        said.append("matrices put together or taken apart")
+    return ", ".join(said)
+
+
+def _quantised(
+    old: Record, new: Record, changes: list[Change], found: list[Finding]
+) -> tuple[str, str]:
+    """Rounding to few bits: most matrices are a little off, none by far more than the others."""
+    matrices = [c for c in changes if c.is_matrix]
+    moved = [c for c in matrices if not c.relation.is_same]
+    said = [(r.metadata.get("converted_from") or {}).get("format") for r in (old, new)]
+    formats = " and ".join(dict.fromkeys(name for name in said if name))
+    rounded = sum(c.relation.kind == "few bits" for c in moved)
+    sizes = np.array([c.relation.size for c in moved])
+    if not len(moved) or len(moved) < BROAD * len(matrices) / 2 or sizes.max() > COARSE:
+        return "", ""
+    if (not formats and rounded < BROAD * len(moved)) or sizes.max() > OUTLIER * np.median(sizes):
+        return "", ""
+    if any(
+        c.relation.kind not in ("few bits", "moved", "factor", "rounded to a dtype") for c in moved
+    ):
+        return "", ""
+    of = f" ({formats})" if formats else ""
+    most = max(moved, key=lambda c: c.relation.size)
+    return QUANTISED, (
+        f"a quantisation of it{of}: {len(moved)} of {len(matrices)} matrices are off by "
+        f"{sizes.min():.2g} to {sizes.max():.2g} times their norms, the most {most.where}"
+    )
+
+
+def _trained(
+    old: Record, new: Record, changes: list[Change], found: list[Finding]
+) -> tuple[str, str]:
+    """Another state of training: most matrices moved, none in a way that has a name, and they still
+    have something in common.
+    """
+    matrices = [c for c in changes if c.is_matrix]
+    moved = [c for c in matrices if not c.relation.is_same]
+    plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
+    if len(moved) < BROAD * len(matrices) or len(plain) < len(moved):
+        return "", ""
+    cosine = float(np.mean([c.relation.cosine for c in moved]))
+    if cosine < ALIKE:
+        return OTHER_MODEL, (
+            f"another model of the same shape: its weights have nothing in common with the "
+            f"baseline's (mean cosine {cosine:.2f})"
+        )
+    sizes = [c.relation.size for c in moved]
+    most = max(moved, key=lambda c: c.relation.size)
+    return TRAINED, (
+        f"the same model trained further, or fine-tuned: {len(moved)} of {len(matrices)} matrices "
+        f"moved by {min(sizes):.2g} to {max(sizes):.2g} times their norms, the most {most.where}"
+    )
+
+
+def _first(found: list[Finding], compared: dict[str, list[Difference]]) -> str | None:
+    """What differs first in the order of the forward pass, of weights, else of activations."""
+    if found:
+        return str(found[0].changes[0])
+    moved = [one for one in compared.get("activations", []) if one.excess > 1]
+    if not moved:
+        return None
+    return str(min(moved, key=lambda one: place_of(one.layer, one.part, one.name)))
+
+
+def lines_of(verdict: Verdict, compared: int | None, listed: int | None) -> list[str]:
+    """The verdict for a terminal: the sentence, where the two part first, and what happened to
+    tensors. compared: how many of them were read; listed: how many findings, all where None.
+    """
+    lines = [verdict.says]
+    if verdict.first and verdict.first not in verdict.says:
+        lines.append(f"first, in the order of the forward pass: {verdict.first}")
+    if compared is not None:
+        count = sum(len(one.changes) for one in verdict.found)
+        lines.append(f"tensors: {count:,} of {compared:,} differ, every number compared")
+    if len(verdict.found) > 1:
+        shown = verdict.found if listed is None else verdict.found[:listed]
+        lines += [f"  {one.says}" for one in shown]
+        if len(shown) < len(verdict.found):
+            lines.append(f"  {len(verdict.found) - len(shown):,} more; --all prints them")
+    return lines
