@@ -266,6 +266,8 @@ def _diff(options: argparse.Namespace) -> int:
     told = () if read is None or options.all else ("weights", "norms")
     print("\n".join(lines_of(found.verdict, read, listed)))
     print("\n".join(table(found.differences, None if options.all else 0, told)[0]))
+    for one in found.tokenizers or []:
+        print(f"tokenizer: {one.says}{'' if one.encodes else '; no text that was tried changes'}")
     return FAILED if found.verdict.differs else 0
 
 

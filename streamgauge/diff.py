@@ -2,9 +2,11 @@
 difference.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from hypothesis import strategies as st
 
 from streamgauge.catalogued import location
 from streamgauge.checkpoints.files import (
@@ -13,16 +15,24 @@ from streamgauge.checkpoints.files import (
     stored_shapes,
     tensor_reader,
 )
+from streamgauge.checkpoints.prompts import read_prompts
+from streamgauge.checkpoints.tokenizers import describe_tokenizer, load_tokenizer
 from streamgauge.compare import differences, rows_to_share
 from streamgauge.compare.difference import Difference
 from streamgauge.compare.tensors import Change, Tensors, compare_tensors
+from streamgauge.compare.tokenizers import (
+    TokenizerDifference,
+    beyond_the_table,
+    compare_tokenizers,
+)
 from streamgauge.compare.verdict import Verdict, judge
 from streamgauge.measure import measure
 from streamgauge.progress import track
 from streamgauge.record import Record
 from streamgauge.store import Store
+from streamgauge.strategies import smallest
 
-
+TEXTS = 200  # are drawn for two tokenizers that differ
 COMPARED = ("stream", "weights", "sketch", "prediction", "rounding")  # groups that are looked at
 
 
@@ -36,13 +46,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found: the verdict, all differences by kind, and what became of each tensor where
-    both checkpoints were at hand.
+    """What was found: the verdict, all differences by kind, and, where both checkpoints were at
+    hand, what became of each tensor and how the tokenizers differ.
     """
 
     verdict: Verdict
     differences: dict[str, list[Difference]]
     changes: list[Change] | None
+    tokenizers: list[TokenizerDifference] | None
 
 
 def diff(
@@ -78,10 +89,13 @@ def diff(
 
     before = side(old)
     after = side(new, rows_to_share(before.record))
-    found, changes = differences(before.record, after.record), None
+    found, changes, tokenizers = differences(before.record, after.record), None, None
     if before.checkpoint and after.checkpoint:
         changes = read_both(before.checkpoint, after.checkpoint, before.record, show)
-    return Comparison(judge(before.record, after.record, found, changes), found, changes)
+        tokenizers = compare_both(before.checkpoint, after.checkpoint)
+    other = [one.says for one in tokenizers or []]
+    verdict = judge(before.record, after.record, found, changes, other)
+    return Comparison(verdict, found, changes, tokenizers)
 
 
 def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = False) -> list[Change]:
@@ -93,3 +107,54 @@ def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = Fal
     after = Tensors(stored_shapes(new), tensor_reader(new), d_head)
     names = track(list(before.shapes), "tensors of both", show)
     return list(compare_tensors(before, after, names))
+
+
+def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
+    """How the tokenizers differ, by the files of both checkpoints, and the shortest text that they
+    encode otherwise where hypothesis finds one.
+
+    A part that is another and changes no text that was drawn counts as changing none. Of a
+    checkpoint that was made of another format its tokens count and no more: such files say less.
+    """
+    described = [describe_tokenizer(checkpoint.folder) for checkpoint in (old, new)]
+    found = compare_tokenizers(*described)
+    beyond = beyond_the_table(described[1], _rows(new))
+    if beyond and not beyond_the_table(described[0], _rows(old)):
+        found.insert(0, TokenizerDifference(beyond, encodes=True))
+    if None not in described and any(one.encodes for one in found):
+        apart = text_apart(old.folder, new.folder)
+        if apart is None:
+            found = [replace(one, encodes=one.encodes and not one.is_part) for one in found]
+        else:
+            found.append(TokenizerDifference(f"the text {apart!r} has other tokens", encodes=True))
+    if old.origin or new.origin:
+        return [one for one in found if one.encodes and not one.is_role]
+    return found
+
+
+def text_apart(old: Path, new: Path) -> str | None:
+    """The simplest text that two folders' tokenizers encode otherwise, None where none was drawn:
+    the built-in prompts, special tokens, and any characters.
+    """
+    tokenizers = load_tokenizer(old), load_tokenizer(new)
+    if None in tokenizers:
+        return None
+
+    def differs(text: str) -> bool:
+        one, other = (tokenizer(text)["input_ids"] for tokenizer in tokenizers)
+        return bool(one != other)
+
+    prompts = read_prompts(None)
+    words = {word for text in prompts for word in text.split(" ")}
+    special = {token for tokenizer in tokenizers for token in tokenizer.all_special_tokens}
+    pieces = st.one_of(st.sampled_from(sorted(words | special)), st.text(max_size=4))
+    drawn = smallest(st.lists(pieces, max_size=8).map(" ".join), differs, TEXTS)
+    if drawn is not None:
+        return drawn
+    return next((text for text in sorted([*words, *prompts], key=len) if differs(text)), None)
+
+
+def _rows(checkpoint: Checkpoint) -> int:
+    """How many tokens the embedding has rows for, by config.json."""
+    config = checkpoint.config()
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)

@@ -414,6 +414,20 @@ def _config(model: Any) -> dict[str, Any]:
     return {name: value for name, value in sorted(said.items()) if not NOT_FUNCTION.search(name)}
 
 
+def _undeclared(model: Any) -> list[str]:
+    """Entries of config.json that transformers' configuration of this kind does not know, and so
+    keeps without a use; none where it cannot be made without being told something.
+    """
+    from streamgauge.checkpoints.untrusted import strange
+
+    kind = type(model.config)
+    try:
+        known = set(kind().to_dict()) | set(kind.attribute_map)
+    except strange():
+        return []
+    return sorted(set(_config(model)) - known)
+
+
 def current_groups(record: Record, wanted: Wanted) -> list[str]:
     """The groups that are as this instrument would measure them."""
     current = [name for name, version in GROUPS.items() if record.groups.get(name) == version]
@@ -520,6 +534,7 @@ def _metadata(
         "revision": checkpoint.revision,
         "architecture": type(model).__name__,
         "config": _config(model),
+        "undeclared": _undeclared(model),
         "stored_dtype": ", ".join(sorted(set(dtypes.values()))),
         "config_dtype": _config_dtype(checkpoint.config()),
         "converted_from": None

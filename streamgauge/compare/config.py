@@ -18,11 +18,15 @@ def compare_config(old: Record, new: Record) -> list[Difference]:
     if before is None or after is None:
         raise NotApplicable("a record holds no configuration")
     before, after = _flat(before, after), _flat(after, before)
+    unread = {n for record in (old, new) for n in record.metadata.get("undeclared", [])}
     found = []
     for name in sorted(set(before) | set(after)):
         one, other = before.get(name), after.get(name)
         says = f"{_short(one)} in the baseline, now {_short(other)}"
-        found.append(Difference(name, "config", 0.0 if _same(one, other) else 1.0, 0.5, says))
+        # An entry that only one has and no model of this kind declares changes no function.
+        idle = name in unread and (one is None or other is None)
+        size = 0.0 if _same(one, other) or idle else 1.0
+        found.append(Difference(name, "config", size, 0.5, says))
     return found
 
 

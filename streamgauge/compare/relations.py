@@ -268,10 +268,10 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     a, b = (x.reshape(-1, x.shape[-1])[:512].astype(np.float64) for x in (old, new))
     width = a.shape[1] // 32 * 32
     a, d = a[:, :width].reshape(-1, 32), (b - a)[:, :width].reshape(-1, 32)
-    # Formats have a smallest power of two, below which steps are even.
-    small = np.maximum(np.sqrt((a**2).mean()), 1e-30) / 256
-    powers = 2.0 ** np.floor(np.log2(np.maximum(np.abs(a), small)))
-    if min(_kurtosis(d), _kurtosis(d / powers)) > UNIFORM:
+    sizes = np.log2(np.maximum(np.abs(a), np.sqrt((a**2).mean()) / 256))
+    # Numbers were scaled before they were rounded, and the powers of two with them.
+    relative = (d / 2.0 ** np.floor(sizes + shift) for shift in np.arange(8) / 8)
+    if min(map(_kurtosis, (d, *relative))) > UNIFORM:
         return None
     return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
 

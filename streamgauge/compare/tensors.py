@@ -81,7 +81,8 @@ def compare_tensors(
         before = old.read(name)
         samples[name] = _sample(before)
         change = _compare(name, before, new.read(pairs[name]), old.d_head)
-        if change.relation.kind == "moved" and change.relation.size > 0.3:
+        # A matrix that moved less than this is no other matrix; gains are all alike.
+        if change.relation.kind == "moved" and (before.ndim < 2 or change.relation.size > 0.3):
             unknown.append(change)
         else:
             yield change
@@ -131,7 +132,7 @@ def _held_elsewhere(
             continue
         if np.linalg.norm(values - own) <= max(0.02, 4 * unit(after)) * size:
             told = relation(old.read(name), after)
-            if told.is_same or told.size < 0.05:
+            if told.is_same or told.size < min(0.05, change.relation.size / 3):
                 says = f"holds what {name} held"
                 return replace(change, relation=replace(change.relation, kind="held", says=says))
     return change

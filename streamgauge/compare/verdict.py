@@ -16,13 +16,15 @@ from streamgauge.record import Record
 IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
 QUANTISED, TRAINED, OTHER_MODEL = "quantised", "trained", "another model"
 DAMAGED, OTHER_SETTINGS, OTHER_TOKENIZER = "damaged", "other configuration", "other tokenizer"
+OTHER_RESULTS = "other results"
 
 NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
 OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
 COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
-REWRITTEN = ("constant", "offset", "order", "rotated", "centred", "columns scaled", "rows scaled")
+# Entries that say how weights are written, and nothing of a function that was seen to agree.
+LAYOUT = ("tie_word_embeddings", "vocab_size", "model_type")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Verdict:
     """What two checkpoints are to each other.
 
     kind: one of the words above; says: the sentence; found: what happened to tensors, by the order
-    of the forward pass; function: whether activations and predictions agree, None where that
-    cannot be told; first: where the two part first.
+    of the forward pass; agrees: whether activations and predictions do, as two ways of writing one
+    function, None where that cannot be told; first: where the two part first.
     """
 
     kind: str
     says: str
     found: list[Finding] = field(default_factory=list)
-    function: bool | None = None
+    agrees: dict[str, bool | None] = field(default_factory=dict)
     first: str | None = None
 
     @property
@@ -59,10 +61,18 @@ def judge(
     else sketches tell; tokenizers: what `compare_tokenizers` found to matter.
     """
     changes = _by_sketches(compared) if changes is None else list(changes)
-    found, function = findings(changes), _same_function(old, new)
-    settings = [f"{one.name} {one.says}" for one in beyond(compared.get("config", []))]
-    kind, says = _judge(old, new, changes, found, function, settings, list(tokenizers))
-    return Verdict(kind, says, found, function, _first(found, compared))
+    found, agrees = findings(changes), _agrees(old, new)
+    settings = {one.name: f"{one.name} {one.says}" for one in beyond(compared.get("config", []))}
+    if all(agrees.values()) or (agrees["activations"] and _only_more_rows(found)):
+        settings = {name: says for name, says in settings.items() if name not in LAYOUT}
+    measured = beyond(compared.get("predictions", []) + compared.get("activations", []))
+    tokens = list(tokenizers) or [str(one) for one in measured if one.part == "tokenizer"]
+    kind, says = _judge(old, new, changes, found, agrees, [*settings.values()], tokens)
+    results = [str(one) for one in measured if one.part != "tokenizer"]
+    if kind in (IDENTICAL, SAME_WEIGHTS) and results:
+        kind = OTHER_RESULTS
+        says = f"{says}, and yet other results, whose cause is not known: {_some(results)}"
+    return Verdict(kind, says, found, agrees, _first(found, compared))
 
 
 def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
@@ -74,20 +84,27 @@ def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
     ]
 
 
-def _same_function(old: Record, new: Record) -> bool | None:
+def _agrees(old: Record, new: Record) -> dict[str, bool | None]:
     """Whether activations and losses agree as two ways of writing one function do, each rounded to
-    its dtype.
+    its dtype; None where they cannot be compared.
     """
-    agreed = None
-    for compare in (compare_activations, compare_predictions):
+    agrees: dict[str, bool | None] = {}
+    for name, compare in (
+        ("activations", compare_activations),
+        ("predictions", compare_predictions),
+    ):
         try:
-            found = compare(old, new, rewritten=True)
+            agrees[name] = not beyond(compare(old, new, rewritten=True))
         except NotApplicable:
-            continue
-        if beyond(found):
-            return False
-        agreed = True
-    return agreed
+            agrees[name] = None
+    return agrees
+
+
+def _only_more_rows(found: list[Finding]) -> bool:
+    """Whether tables have more rows, which take their share of every prediction, and nothing else
+    happened.
+    """
+    return bool(found) and all(one.kind == "padded" for one in found)
 
 
 def _judge(
@@ -95,7 +112,7 @@ def _judge(
     new: Record,
     changes: list[Change],
     found: list[Finding],
-    function: bool | None,
+    agrees: dict[str, bool | None],
     settings: list[str],
     tokenizers: list[str],
 ) -> tuple[str, str]:
@@ -116,7 +133,8 @@ def _judge(
         return DAMAGED, f"damaged: {shapes[0]} in the baseline, now {shapes[1]}: {says}"
     if shapes[0] != shapes[1]:
         return OTHER_MODEL, f"another model: {shapes[0]} in the baseline, now {shapes[1]}"
-    if function and not beside:
+    same = all(agrees.values()) or (agrees["activations"] and _only_more_rows(found))
+    if same and not beside:
         how = _how(found)
         return SAME_FUNCTION, f"the same function in other weights{f': {how}' if how else ''}"
     more = f"; besides, {_some(beside)}" if beside else ""
