@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from streamgauge.catalogued import location, part
 from streamgauge.errors import (
@@ -23,6 +23,9 @@ from streamgauge.errors import (
 )
 from streamgauge.laws import laws
 from streamgauge.numerics.draws import LAWS, NAMES, NO_NUMBER, TWINS, Draw
+
+if TYPE_CHECKING:
+    from streamgauge.diff import Comparison
 
 FAILED, INTERRUPTED, USAGE = 1, 2, 4
 LISTED = 10  # differences of a kind that `diff` prints
@@ -149,6 +152,19 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument(
         "--all", action="store_true", help="every difference, rather than the ten largest of a kind"
     )
+    comparing.add_argument(
+        "--same",
+        choices=["function", "trained", "quantised"],
+        help="exit 0 where the new one is the same function in other weights, the same model "
+        "trained further, or a quantisation",
+    )
+    comparing.add_argument(
+        "--within",
+        metavar="BOUNDS",
+        default="",
+        help="exit 1 above these, as kl=0.05,kl99=0.5,perplexity=1.02,flips=0.05",
+    )
+    comparing.add_argument("--json", action="store_true", help="as JSON (docs/diff.schema.json)")
     comparing.set_defaults(run=_diff)
 
     calibrating = commands.add_parser(
@@ -244,11 +260,10 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from streamgauge.compare import table
-    from streamgauge.compare.verdict import lines_of
     from streamgauge.diff import diff
     from streamgauge.store import Store, default_store
 
+    bounds = _bounds(options.within)
     store = Store(options.store or default_store())
     store.prepare()
     found = diff(
@@ -258,17 +273,51 @@ def _diff(options: argparse.Namespace) -> int:
         prompts=options.prompts,
         device=options.device,
         allow_pickle=options.allow_pickle,
+        logits=bool(bounds),
         show=True,
     )
-    listed = None if options.all else LISTED
+    if bounds and found.divergence is None:
+        raise SettingsError("--within needs two checkpoints that read the same tokens.")
+    above = found.divergence.beyond(bounds) if found.divergence else []
+    if options.json:
+        print(json.dumps(found.as_json(), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print("\n".join(_lines(found, options.all) + above))
+    return 0 if found.verdict.passes(options.same) and not above else FAILED
+
+
+def _bounds(text: str) -> dict[str, float]:
+    """Bounds as `kl=0.05,flips=0.01`. Raises SettingsError."""
+    from streamgauge.divergence import BOUNDS
+
+    found = {}
+    for entry in filter(None, text.split(",")):
+        name, _, bound = entry.partition("=")
+        try:
+            found[name.strip()] = float(bound)
+        except ValueError:
+            raise SettingsError(f"--within {entry!r} is no bound as kl=0.05.") from None
+        if name.strip() not in BOUNDS:
+            near = difflib.get_close_matches(name.strip(), BOUNDS, n=1, cutoff=0)[0]
+            raise SettingsError(f"--within has no {name.strip()!r}; the nearest is {near}.")
+    return found
+
+
+def _lines(found: "Comparison", everything: bool) -> list[str]:
+    """A comparison for a terminal."""
+    from streamgauge.compare import table
+    from streamgauge.compare.verdict import lines_of
+
     # Where every number was compared that says more than sketches and norms do.
     read = None if found.changes is None else len(found.changes)
-    told = () if read is None or options.all else ("weights", "norms")
-    print("\n".join(lines_of(found.verdict, read, listed)))
-    print("\n".join(table(found.differences, None if options.all else 0, told)[0]))
+    told = () if read is None or everything else ("weights", "norms")
+    lines = lines_of(found.verdict, read, None if everything else LISTED)
+    lines += table(found.differences, None if everything else 0, told)[0]
     for one in found.tokenizers or []:
-        print(f"tokenizer: {one.says}{'' if one.encodes else '; no text that was tried changes'}")
-    return FAILED if found.verdict.differs else 0
+        lines.append(
+            f"tokenizer: {one.says}{'' if one.encodes else '; no text that was tried changes'}"
+        )
+    return lines + ([str(found.divergence)] if found.divergence else [])
 
 
 def _calibrate(options: argparse.Namespace) -> None:

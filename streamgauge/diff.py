@@ -2,10 +2,11 @@
 difference.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from streamgauge.catalogued import location
@@ -17,21 +18,23 @@ from streamgauge.checkpoints.files import (
 )
 from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import describe_tokenizer, load_tokenizer
-from streamgauge.compare import differences, rows_to_share
-from streamgauge.compare.difference import Difference
+from streamgauge.compare import differences, rows_to_share, shared_rows
+from streamgauge.compare.difference import Difference, beyond
 from streamgauge.compare.tensors import Change, Tensors, compare_tensors
 from streamgauge.compare.tokenizers import (
     TokenizerDifference,
     beyond_the_table,
     compare_tokenizers,
 )
-from streamgauge.compare.verdict import Verdict, judge
+from streamgauge.compare.verdict import QUANTISED, Verdict, judge
+from streamgauge.divergence import Divergence, divergence
 from streamgauge.measure import measure
 from streamgauge.progress import track
 from streamgauge.record import Record
 from streamgauge.store import Store
 from streamgauge.strategies import smallest
 
+SCHEMA = 1  # of what as_json gives
 TEXTS = 200  # are drawn for two tokenizers that differ
 COMPARED = ("stream", "weights", "sketch", "prediction", "rounding")  # groups that are looked at
 
@@ -54,6 +57,56 @@ class Comparison:
     differences: dict[str, list[Difference]]
     changes: list[Change] | None
     tokenizers: list[TokenizerDifference] | None
+    divergence: Divergence | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `diff --json` prints; docs/diff.schema.json describes it."""
+        verdict = self.verdict
+        return {
+            "schema": SCHEMA,
+            "verdict": verdict.kind,
+            "says": verdict.says,
+            "first": verdict.first,
+            "agrees": verdict.agrees,
+            "findings": [
+                {
+                    "kind": one.kind,
+                    "says": one.says,
+                    "layers": one.layers,
+                    "tensors": [
+                        {
+                            "name": change.name,
+                            "says": change.relation.says,
+                            "size": _number(change.relation.size),
+                            "cosine": _number(change.relation.cosine),
+                        }
+                        for change in one.changes
+                    ],
+                }
+                for one in verdict.found
+            ],
+            "differences": {
+                kind: [
+                    {
+                        "where": one.where,
+                        "says": one.says,
+                        "layer": one.layer,
+                        "head": one.head,
+                        "excess": _number(one.excess),
+                    }
+                    for one in beyond(found)
+                ]
+                for kind, found in self.differences.items()
+            },
+            "tokenizers": [asdict(one) for one in self.tokenizers or []],
+            "every_number": self.changes is not None,
+            "divergence": None if self.divergence is None else asdict(self.divergence),
+        }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no Inf."""
+    return value if np.isfinite(value) else None
 
 
 def diff(
@@ -64,12 +117,15 @@ def diff(
     prompts: Path | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
+    logits: bool = False,
     show: bool = False,
 ) -> Comparison:
     """Compare two checkpoints or records, each a folder, a name or FILE.safetensors of `measure`.
 
     Checkpoints are measured where the store has no record of them, the new one on the old one's
-    prompts, and their tensors are read one after the other. Raises StreamgaugeError.
+    prompts, and their tensors are read one after the other. logits: whether both are run side by
+    side for their KL divergence, as they are where the new one is a quantisation. Raises
+    StreamgaugeError.
     """
 
     def side(name: str, rows: Any = None) -> Side:
@@ -95,7 +151,11 @@ def diff(
         tokenizers = compare_both(before.checkpoint, after.checkpoint)
     other = [one.says for one in tokenizers or []]
     verdict = judge(before.record, after.record, found, changes, other)
-    return Comparison(verdict, found, changes, tokenizers)
+    apart = None
+    if before.checkpoint and after.checkpoint and (logits or verdict.kind == QUANTISED):
+        rows = shared_rows(before.record, after.record)
+        apart = divergence(before.checkpoint, after.checkpoint, rows, show) if rows else None
+    return Comparison(verdict, found, changes, tokenizers, apart)
 
 
 def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = False) -> list[Change]:
@@ -118,9 +178,9 @@ def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
     """
     described = [describe_tokenizer(checkpoint.folder) for checkpoint in (old, new)]
     found = compare_tokenizers(*described)
-    beyond = beyond_the_table(described[1], _rows(new))
-    if beyond and not beyond_the_table(described[0], _rows(old)):
-        found.insert(0, TokenizerDifference(beyond, encodes=True))
+    out = beyond_the_table(described[1], _rows(new))
+    if out and not beyond_the_table(described[0], _rows(old)):
+        found.insert(0, TokenizerDifference(out, encodes=True))
     if None not in described and any(one.encodes for one in found):
         apart = text_apart(old.folder, new.folder)
         if apart is None:

@@ -124,6 +124,15 @@ def shared_tokens(old: Record, new: Record) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(before), np.concatenate(after)
 
 
+def shared_rows(old: Record, new: Record) -> list[list[int]]:
+    """The prompts' token ids that both were measured on; none where they share none."""
+    try:
+        theirs = _rows(new)
+        return [list(row) for row in _rows(old) if row in theirs]
+    except NotApplicable:
+        return []
+
+
 def _rows(record: Record) -> dict[tuple[int, ...], np.ndarray]:
     """Where each prompt's tokens are, by its ids."""
     if "prediction/token" not in record.arrays:

@@ -18,6 +18,13 @@ QUANTISED, TRAINED, OTHER_MODEL = "quantised", "trained", "another model"
 DAMAGED, OTHER_SETTINGS, OTHER_TOKENIZER = "damaged", "other configuration", "other tokenizer"
 OTHER_RESULTS = "other results"
 
+# What passes where so much is to be the same, beside what a dtype rounds.
+ACCEPTED: dict[str | None, tuple[str, ...]] = {
+    None: (IDENTICAL, SAME_WEIGHTS),
+    "function": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION),
+    "trained": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, TRAINED),
+    "quantised": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, QUANTISED),
+}
 NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
@@ -42,10 +49,9 @@ class Verdict:
     agrees: dict[str, bool | None] = field(default_factory=dict)
     first: str | None = None
 
-    @property
-    def differs(self) -> bool:
-        """Whether anything differs beyond a dtype's rounding."""
-        return self.kind not in (IDENTICAL, SAME_WEIGHTS)
+    def passes(self, same: str | None = None) -> bool:
+        """Whether the two are the same in the sense of ACCEPTED, by default but for rounding."""
+        return self.kind in ACCEPTED[same]
 
 
 def judge(
