@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -164,6 +165,16 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="exit 1 above these, as kl=0.05,kl99=0.5,perplexity=1.02,flips=0.05",
     )
+    comparing.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="draw so many sequences of tokens to find the simplest on which the two part "
+        "(default: 20 where the verdict leaves that open; 0: none)",
+    )
+    comparing.add_argument(
+        "--tokens", metavar="IDS", help="look at this one sequence instead, as 17,3,3"
+    )
     comparing.add_argument("--json", action="store_true", help="as JSON (docs/diff.schema.json)")
     comparing.set_defaults(run=_diff)
 
@@ -243,10 +254,7 @@ def _replay(options: argparse.Namespace) -> int:
     if law not in LAWS:
         near = difflib.get_close_matches(asked, [*LAWS, *NAMES], n=1, cutoff=0)[0]
         raise UnknownModelError(f"no law {options.law!r} draws sequences; the nearest is {near}.")
-    try:
-        ids = tuple(int(word) for word in options.tokens.split(","))
-    except ValueError:
-        raise UnknownModelError(f"--tokens {options.tokens!r} is no list as 17,3,3.") from None
+    ids = _ids(options.tokens)
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.replay import replay
 
@@ -274,6 +282,8 @@ def _diff(options: argparse.Namespace) -> int:
         device=options.device,
         allow_pickle=options.allow_pickle,
         logits=bool(bounds),
+        draws=options.search,
+        tokens=None if options.tokens is None else _ids(options.tokens),
         show=True,
     )
     if bounds and found.divergence is None:
@@ -282,8 +292,26 @@ def _diff(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.as_json(), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        print("\n".join(_lines(found, options.all) + above))
+        print("\n".join(_lines(found, options.all) + _parting(found, options) + above))
     return 0 if found.verdict.passes(options.same) and not above else FAILED
+
+
+def _parting(found: "Comparison", options: argparse.Namespace) -> list[str]:
+    """Where the two part, and the command that shows it again."""
+    if found.parting is None:
+        looked = "on these tokens" if options.tokens else f"in {found.drawn:,} draws"
+        return [f"the two never part, {looked}"] if found.drawn or options.tokens else []
+    ids = ",".join(map(str, found.parting.tokens))
+    again = ["python", "-m", "streamgauge", "diff", options.old, options.new, "--tokens", ids]
+    return [str(found.parting), f"again: {shlex.join(again)}"]
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """Token ids as `17,3,3`. Raises UnknownModelError."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UnknownModelError(f"--tokens {text!r} is no list as 17,3,3.") from None
 
 
 def _bounds(text: str) -> dict[str, float]:

@@ -2,6 +2,8 @@
 difference.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from streamgauge.apart import Pair, Parting, parting, search
 from streamgauge.catalogued import location
 from streamgauge.checkpoints.files import (
     Checkpoint,
@@ -20,20 +23,32 @@ from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import describe_tokenizer, load_tokenizer
 from streamgauge.compare import differences, rows_to_share, shared_rows
 from streamgauge.compare.difference import Difference, beyond
+from streamgauge.compare.rounding import coarsest, weight_rounding
 from streamgauge.compare.tensors import Change, Tensors, compare_tensors
 from streamgauge.compare.tokenizers import (
     TokenizerDifference,
     beyond_the_table,
     compare_tokenizers,
 )
-from streamgauge.compare.verdict import QUANTISED, Verdict, judge
+from streamgauge.compare.verdict import (
+    DAMAGED,
+    OTHER_RESULTS,
+    OTHER_SETTINGS,
+    QUANTISED,
+    SAME_FUNCTION,
+    Verdict,
+    judge,
+)
 from streamgauge.divergence import Divergence, divergence
 from streamgauge.measure import measure
 from streamgauge.progress import track
-from streamgauge.record import Record
+from streamgauge.record import Record, write_whole
 from streamgauge.store import Store
 from streamgauge.strategies import smallest
 
+DRAWS, KEPT = 20, 20  # sequences that are drawn, and that are kept of earlier comparisons
+# Verdicts after which it is worth while to look for the simplest tokens on which the two part.
+SEARCHED = (SAME_FUNCTION, DAMAGED, OTHER_SETTINGS, OTHER_RESULTS)
 SCHEMA = 1  # of what as_json gives
 TEXTS = 200  # are drawn for two tokenizers that differ
 COMPARED = ("stream", "weights", "sketch", "prediction", "rounding")  # groups that are looked at
@@ -58,6 +73,8 @@ class Comparison:
     changes: list[Change] | None
     tokenizers: list[TokenizerDifference] | None
     divergence: Divergence | None = None
+    parting: Parting | None = None
+    drawn: int = 0  # sequences on which the two were seen side by side
 
     def as_json(self) -> dict[str, Any]:
         """What `diff --json` prints; docs/diff.schema.json describes it."""
@@ -101,6 +118,15 @@ class Comparison:
             "tokenizers": [asdict(one) for one in self.tokenizers or []],
             "every_number": self.changes is not None,
             "divergence": None if self.divergence is None else asdict(self.divergence),
+            "drawn": self.drawn,
+            "parting": None
+            if self.parting is None
+            else {
+                "tokens": list(self.parting.tokens),
+                "layer": self.parting.layer,
+                "ratio": _number(self.parting.ratio),
+                "says": str(self.parting),
+            },
         }
 
 
@@ -118,13 +144,17 @@ def diff(
     device: str = "cpu",
     allow_pickle: bool = False,
     logits: bool = False,
+    draws: int | None = None,
+    tokens: Sequence[int] | None = None,
     show: bool = False,
 ) -> Comparison:
     """Compare two checkpoints or records, each a folder, a name or FILE.safetensors of `measure`.
 
     Checkpoints are measured where the store has no record of them, the new one on the old one's
     prompts, and their tensors are read one after the other. logits: whether both are run side by
-    side for their KL divergence, as they are where the new one is a quantisation. Raises
+    side for their KL divergence, as they are where the new one is a quantisation. draws: how many
+    sequences of tokens hypothesis draws to find where the two part, by default DRAWS where that is
+    not plain from the verdict; tokens: the one sequence to look at instead. Raises
     StreamgaugeError.
     """
 
@@ -155,7 +185,39 @@ def diff(
     if before.checkpoint and after.checkpoint and (logits or verdict.kind == QUANTISED):
         rows = shared_rows(before.record, after.record)
         apart = divergence(before.checkpoint, after.checkpoint, rows, show) if rows else None
-    return Comparison(verdict, found, changes, tokenizers, apart)
+    drawn = draws if draws is not None else DRAWS * (verdict.kind in SEARCHED)
+    parted = None
+    if before.checkpoint and after.checkpoint and (drawn or tokens):
+        parted = _search(before, after, store, drawn, tokens, device)
+    else:
+        drawn = 0
+    return Comparison(verdict, found, changes, tokenizers, apart, parted, drawn)
+
+
+def _search(
+    old: Side, new: Side, store: Store, draws: int, tokens: Sequence[int] | None, device: str
+) -> Parting | None:
+    """Where two checkpoints part. What was found is kept beside the records, for the comparisons
+    with the same baseline that follow.
+    """
+    assert old.checkpoint and new.checkpoint
+    unit = max(weight_rounding(old.record, new.record), coarsest(old.record, new.record))
+    pair = Pair(old.checkpoint, new.checkpoint, unit, device)
+    if pair.old.n_layers != pair.new.n_layers:
+        return None
+    if tokens:
+        return parting(pair, tokens)
+    file = store.folder / "partings" / f"{old.record.metadata['weights_sha256']}.json"
+    try:
+        known = [[int(n) for n in ids] for ids in json.loads(file.read_text())][:KEPT]
+    except (OSError, ValueError, TypeError):
+        known = []
+    found = search(pair, shared_rows(old.record, new.record), draws, known)
+    if found is not None:
+        file.parent.mkdir(exist_ok=True)
+        kept = [list(found.tokens), *(ids for ids in known if ids != list(found.tokens))]
+        write_whole(file, json.dumps(kept[:KEPT]).encode())
+    return found
 
 
 def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = False) -> list[Change]:

@@ -60,7 +60,7 @@ class _Rounding:
     def __init__(self, model: Blockwise, layout: Layout, rows: list[list[int]]) -> None:
         self.model, self.layout = model, layout
         self.kinds = KINDS if layout.pre_norm else ()
-        self.noises = [None, *(_Noise(draw) for draw in range(DRAWS))]
+        self.noises = [None, *(Noise(draw) for draw in range(DRAWS))]
         # By noise: log norms of the stream from the embedding on, and of outputs by layer.
         self.streams: list[list[torch.Tensor]] = [[] for _ in self.noises]
         self.outputs: list[dict[tuple[str, int], torch.Tensor]] = [{} for _ in self.noises]
@@ -133,7 +133,7 @@ class _Rounding:
         )
 
 
-class _Noise:
+class Noise:
     """Relative noise on weights: a sequence of PERIOD numbers, over and over, from a start that
     depends on name and draw.
     """
