@@ -334,7 +334,7 @@ def _bounds(text: str) -> dict[str, float]:
 def _lines(found: "Comparison", everything: bool) -> list[str]:
     """A comparison for a terminal."""
     from streamgauge.compare import table
-    from streamgauge.compare.verdict import lines_of
+    from streamgauge.compare.judgement import lines_of
 
     # Where every number was compared that says more than sketches and norms do.
     read = None if found.changes is None else len(found.changes)

@@ -23,14 +23,7 @@ from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import describe_tokenizer, load_tokenizer
 from streamgauge.compare import differences, rows_to_share, shared_rows
 from streamgauge.compare.difference import Difference, beyond
-from streamgauge.compare.rounding import coarsest, weight_rounding
-from streamgauge.compare.tensors import Change, Tensors, compare_tensors
-from streamgauge.compare.tokenizers import (
-    TokenizerDifference,
-    beyond_the_table,
-    compare_tokenizers,
-)
-from streamgauge.compare.verdict import (
+from streamgauge.compare.judgement import (
     DAMAGED,
     OTHER_RESULTS,
     OTHER_SETTINGS,
@@ -38,6 +31,13 @@ from streamgauge.compare.verdict import (
     SAME_FUNCTION,
     Verdict,
     judge,
+)
+from streamgauge.compare.rounding import coarsest, weight_rounding
+from streamgauge.compare.tensors import Change, Tensors, compare_tensors
+from streamgauge.compare.tokenizers import (
+    TokenizerDifference,
+    beyond_the_table,
+    compare_tokenizers,
 )
 from streamgauge.divergence import Divergence, divergence
 from streamgauge.measure import measure
@@ -239,18 +239,21 @@ def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
     checkpoint that was made of another format its tokens count and no more: such files say less.
     """
     described = [describe_tokenizer(checkpoint.folder) for checkpoint in (old, new)]
+    is_made = bool(old.origin or new.origin)
+    if is_made and None in described:
+        return []
     found = compare_tokenizers(*described)
     out = beyond_the_table(described[1], _rows(new))
     if out and not beyond_the_table(described[0], _rows(old)):
         found.insert(0, TokenizerDifference(out, encodes=True))
+    if is_made:
+        return [one for one in found if one.encodes and not one.is_role and not one.is_part]
     if None not in described and any(one.encodes for one in found):
         apart = text_apart(old.folder, new.folder)
         if apart is None:
             found = [replace(one, encodes=one.encodes and not one.is_part) for one in found]
         else:
             found.append(TokenizerDifference(f"the text {apart!r} has other tokens", encodes=True))
-    if old.origin or new.origin:
-        return [one for one in found if one.encodes and not one.is_role]
     return found
 
 

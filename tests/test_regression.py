@@ -293,11 +293,13 @@ def test_diff_prints_a_table(baselines: Any, run_streamgauge: Any, tmp_path: Pat
     changed.save(tmp_path / "new.safetensors")
     done = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "new.safetensors")
     assert done.returncode == 1
-    assert (
-        f"layer {faults.LAYER} mlp model.layers.{faults.LAYER}.mlp.down_proj.weight  sign "
-        "turned, ×-1" in done.stdout
-    )
+    name = f"layer {faults.LAYER} mlp model.layers.{faults.LAYER}.mlp.down_proj.weight"
+    assert done.stdout.splitlines()[0] == f"damaged: {name}: sign turned, ×-1"
     assert "config: 0 of" in done.stdout
+    table = run_streamgauge(
+        "diff", "--all", tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    ).stdout
+    assert f"{name}  sign turned, ×-1" in table
     same = run_streamgauge("diff", tmp_path / "old.safetensors", tmp_path / "old.safetensors")
     assert same.returncode == 0 and "differ" in same.stdout
     wrong = run_streamgauge("diff", tmp_path / "old.safetensors", "gpt2-xxl")

@@ -9,6 +9,7 @@ from streamgauge.compare.activations import compare_activations
 from streamgauge.compare.difference import Difference, beyond
 from streamgauge.compare.findings import Finding, findings, place_of
 from streamgauge.compare.predictions import compare_predictions
+from streamgauge.compare.rounding import UNIT, weight_rounding
 from streamgauge.compare.tensors import Change
 from streamgauge.errors import NotApplicable
 from streamgauge.record import Record
@@ -30,6 +31,7 @@ BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to fe
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
 OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
 COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
+ROUNDED = ("few bits", "moved", "rounded to a dtype")  # what rounding to few bits looks like
 # Entries that say how weights are written, and nothing of a function that was seen to agree.
 LAYOUT = ("tie_word_embeddings", "vocab_size", "model_type")
 
@@ -40,18 +42,20 @@ class Verdict:
 
     kind: one of the words above; says: the sentence; found: what happened to tensors, by the order
     of the forward pass; agrees: whether activations and predictions do, as two ways of writing one
-    function, None where that cannot be told; first: where the two part first.
+    function, None where that cannot be told; explained: whether rounding to the formats that the
+    two say they are stored in explains all of it; first: where the two part first.
     """
 
     kind: str
     says: str
     found: list[Finding] = field(default_factory=list)
     agrees: dict[str, bool | None] = field(default_factory=dict)
+    explained: bool = False
     first: str | None = None
 
     def passes(self, same: str | None = None) -> bool:
         """Whether the two are the same in the sense of ACCEPTED, by default but for rounding."""
-        return self.kind in ACCEPTED[same]
+        return self.kind in ACCEPTED[same] or (self.kind == QUANTISED and self.explained)
 
 
 def judge(
@@ -72,13 +76,16 @@ def judge(
     if all(agrees.values()) or (agrees["activations"] and _only_more_rows(found)):
         settings = {name: says for name, says in settings.items() if name not in LAYOUT}
     measured = beyond(compared.get("predictions", []) + compared.get("activations", []))
-    tokens = list(tokenizers) or [str(one) for one in measured if one.part == "tokenizer"]
+    tokens = list(tokenizers)
+    if not tokens and not old.metadata.get("sampled"):  # or each wrote prompts of its own
+        tokens = [one.says for one in measured if one.part == "tokenizer"]
     kind, says = _judge(old, new, changes, found, agrees, [*settings.values()], tokens)
     results = [str(one) for one in measured if one.part != "tokenizer"]
     if kind in (IDENTICAL, SAME_WEIGHTS) and results:
         kind = OTHER_RESULTS
         says = f"{says}, and yet other results, whose cause is not known: {_some(results)}"
-    return Verdict(kind, says, found, agrees, _first(found, compared))
+    explained = not any(beyond(own) for own in compared.values()) and not tokens
+    return Verdict(kind, says, found, agrees, explained, _first(found, compared))
 
 
 def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
@@ -139,15 +146,17 @@ def _judge(
         return DAMAGED, f"damaged: {shapes[0]} in the baseline, now {shapes[1]}: {says}"
     if shapes[0] != shapes[1]:
         return OTHER_MODEL, f"another model: {shapes[0]} in the baseline, now {shapes[1]}"
+    more = f"; besides, {_some(beside)}" if beside else ""
+    kind, says = _quantised(old, new, changes, found)
+    if kind:
+        return kind, says + more
     same = all(agrees.values()) or (agrees["activations"] and _only_more_rows(found))
-    if same and not beside:
+    if same and not beside and weight_rounding(old, new) <= UNIT["BF16"]:
         how = _how(found)
         return SAME_FUNCTION, f"the same function in other weights{f': {how}' if how else ''}"
-    more = f"; besides, {_some(beside)}" if beside else ""
-    for told in (_quantised, _trained):
-        kind, says = told(old, new, changes, found)
-        if kind:
-            return kind, says + more
+    kind, says = _trained(old, new, changes, found)
+    if kind:
+        return kind, says + more
     return DAMAGED, f"damaged: {_some([one.says for one in found])}{more}"
 
 
@@ -207,26 +216,37 @@ def _how(found: list[Finding]) -> str:
 def _quantised(
     old: Record, new: Record, changes: list[Change], found: list[Finding]
 ) -> tuple[str, str]:
-    """Rounding to few bits: most matrices are a little off, none by far more than the others."""
+    """Rounding to few bits: matrices are a little off, none by far more than the others.
+
+    Where one of the two says that it is of such a format, or most matrices look it; what is not so
+    is damaged beyond it.
+    """
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
     said = [(r.metadata.get("converted_from") or {}).get("format") for r in (old, new)]
     formats = " and ".join(dict.fromkeys(name for name in said if name))
     rounded = sum(c.relation.kind == "few bits" for c in moved)
-    sizes = np.array([c.relation.size for c in moved])
-    if not len(moved) or len(moved) < BROAD * len(matrices) / 2 or sizes.max() > COARSE:
+    if not moved or (not formats and rounded < BROAD * len(moved)):
         return "", ""
-    if (not formats and rounded < BROAD * len(moved)) or sizes.max() > OUTLIER * np.median(sizes):
-        return "", ""
-    if any(
-        c.relation.kind not in ("few bits", "moved", "factor", "rounded to a dtype") for c in moved
-    ):
-        return "", ""
+    limit = min(COARSE, OUTLIER * float(np.median([c.relation.size for c in moved])))
+    more = [
+        c
+        for c in changes
+        if not c.relation.is_same
+        and (c.relation.kind not in ROUNDED or not c.relation.size <= limit)
+    ]
     of = f" ({formats})" if formats else ""
+    if more:
+        if len(more) > len(moved) // 2:
+            return "", ""
+        return DAMAGED, f"damaged, beyond a quantisation{of}: " + _some(
+            [one.says for one in findings(more)]
+        )
     most = max(moved, key=lambda c: c.relation.size)
+    least = min(c.relation.size for c in moved)
     return QUANTISED, (
         f"a quantisation of it{of}: {len(moved)} of {len(matrices)} matrices are off by "
-        f"{sizes.min():.2g} to {sizes.max():.2g} times their norms, the most {most.where}"
+        f"{least:.2g} to {most.relation.size:.2g} times their norms, the most {most.where}"
     )
 
 
