@@ -17,7 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamgauge
+from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.compare import beyond, differences, rows_to_share
+from streamgauge.compare.judgement import judge
+from streamgauge.diff import read_both
 from streamgauge.errors import StreamgaugeError
 from streamgauge.record import Record
 
@@ -119,6 +122,10 @@ class Fault:
     change: Callable[[Files], Any]
     words: tuple[str, ...]
     layers: tuple[int, ...] = (LAYER,)
+
+    def named(self, layer: int = LAYER) -> str:
+        """Words of a verdict that say what happened, where it was put into a layer."""
+        return NAMED[self.name].format(layer=layer, behind=layer + 1)
 
 
 def _swap_layers(f: Files) -> None:
@@ -384,15 +391,54 @@ FAULTS = [
 ]
 
 
+NAMED = {
+    "layers in the wrong order": "layers {layer} and {behind} exchanged",
+    "a layer twice": "layer {behind} holds what layer {layer} held",
+    "a head zeroed": "head 1: all zero",
+    "heads in another order": "heads moved by 1",
+    "a square matrix transposed": "transposed",
+    "W_out with its sign turned": "sign turned",
+    "W_in ×1.1": "×1.1",
+    "W_O ×1.1": "×1.1",
+    "a norm's gain reset": "every number is 1",
+    "a norm's gain folded twice": "a factor of its own",
+    "a bias dropped": "all zero",
+    "norms of attention and MLP swapped": "exchanged",
+    "the last norm's gain dropped": "every number is 1",
+    "rows of the embedding permuted": "rows moved by 1",
+    "a layer of another revision": "moved by 0.0",
+    "overflow of fp16": "NaN or Inf",
+    "NaN": "NaN or Inf",
+    "int8 with scales of the wrong rows": "each row × a factor of its own",
+    "tying of embedding and head turned  round": "lm_head",
+    "a head of its own that is ignored": "lm_head.weight: new",
+    "wrong ε": "_eps",
+    "wrong rope base": "rope_theta",
+    "wrong activation": "act",
+    "scores not scaled": "scale_attn_weights True in the baseline, now False",
+    "wrong head count": "head",
+    "vocabulary cut": "rows",
+    "positions off by 2": "rows moved by 2",
+    "grouped heads in the wrong order": "heads moved by 1",
+    "rotary halves interleaved": "as rotary layouts differ",
+    "queries for keys": "in another order: 0 holds what 1 held",
+    "gate for up": "exchanged",
+    "the last layer's tensors missing": "lacks",
+    "one layer fewer in the configuration": "layers that its config.json does not have",
+    "one layer fewer altogether": "missing",
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison with the baseline says of a checkpoint: the sentence, and the layers whose
-    tensors it names.
+    """What a comparison with the baseline says of a checkpoint: what laws say of it, the layers
+    whose tensors they name, and the verdict's own sentence.
     """
 
     found: bool
     says: str
     layers: tuple[int, ...] = ()
+    sentence: str = ""
 
     def locates(self, fault: Fault) -> bool:
         """Whether it names the fault's part, and no tensor of another layer."""
@@ -403,25 +449,29 @@ class Verdict:
         )
 
 
-def compare_with(old: Record, folder: Path) -> Verdict:
-    """Measure a folder on the baseline's prompts, and compare."""
+def compare_with(old: Record, folder: Path, before: Path | None = None) -> Verdict:
+    """Measure a folder on the baseline's prompts, and compare; before: the baseline's folder, whose
+    tensors are read beside the other's.
+    """
     try:
         new = streamgauge.measure(folder, rows=rows_to_share(old), neighbours="none")
     except StreamgaugeError as error:
-        return Verdict(True, str(error))
+        return Verdict(True, str(error), sentence=str(error))
+    compared = differences(old, new)
+    changes = before and read_both(open_checkpoint(before), open_checkpoint(folder), old)
+    sentence = judge(old, new, compared, changes or None).says
     broken = [line for lines in new.integrity.values() for line in lines]
     if "stream" in new.metadata["failed"]:
         layers = {int(layer) for line in broken for layer in re.findall(r"\.(\d+)\.", line)}
-        return Verdict(True, "; ".join(broken), tuple(layers))
-    found = {kind: beyond(compared) for kind, compared in differences(old, new).items()}
+        return Verdict(True, "; ".join(broken), tuple(layers), sentence)
+    found = {kind: beyond(own) for kind, own in compared.items()}
     # A configuration that differs explains what else does; then weights; then whatever they do.
     for kind in ("config", "weights", "activations", "predictions", "norms"):
         if found.get(kind):
-            layers = tuple(sorted({one.layer for one in found[kind] if one.layer is not None}))
-            return Verdict(
-                True, "; ".join(map(str, found[kind][:5] + found.get("weights", [])[:5])), layers
-            )
-    return Verdict(False, "")
+            named = tuple(sorted({one.layer for one in found[kind] if one.layer is not None}))
+            says = "; ".join(map(str, found[kind][:5] + found.get("weights", [])[:5]))
+            return Verdict(True, says, named, sentence)
+    return Verdict(False, "", sentence=sentence)
 
 
 def _as(dtype: torch.dtype) -> Callable[[Files], None]:

@@ -81,16 +81,20 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
 @pytest.mark.parametrize("name", NAMES)
 def test_faults_are_found_and_located(name: str, baselines: Any, tmp_path: Path) -> None:
     folder, record = baselines(name)
-    missed, misplaced, tried = [], [], 0
+    missed, misplaced, misnamed, tried = [], [], [], 0
     for number, fault in enumerate(faults.FAULTS):
         if (changed := faults.Files(folder)) and fault.change(changed) is not False:
             tried += 1
-            verdict = faults.compare_with(record, changed.write(tmp_path / str(number)))
+            target = changed.write(tmp_path / str(number))
+            verdict = faults.compare_with(record, target, folder)
             missed += [] if verdict.found else [fault.name]
             misplaced += [] if verdict.locates(fault) else [(fault.name, verdict.says)]
+            if fault.named() not in verdict.sentence:
+                misnamed.append((fault.name, verdict.sentence))
     assert tried >= 25
     assert not missed
     assert not misplaced
+    assert not misnamed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ from streamgauge.compare.findings import place_of
 from streamgauge.compare.norms import compare_norms
 from streamgauge.compare.predictions import compare_predictions
 from streamgauge.compare.weights import compare_weights
-from streamgauge.errors import NotApplicable
+from streamgauge.errors import NotApplicable, NotMeasured
 from streamgauge.record import Record
 
 
@@ -23,7 +23,7 @@ def differences(old: Record, new: Record) -> dict[str, list[Difference]]:
     for kind, compare in KINDS.items():
         try:
             found[kind] = compare(old, new)
-        except NotApplicable:
+        except (NotApplicable, NotMeasured):
             continue
     if not found:
         raise NotApplicable("the two records have nothing in common that can be compared")

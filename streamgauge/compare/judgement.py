@@ -11,7 +11,7 @@ from streamgauge.compare.findings import Finding, findings, place_of
 from streamgauge.compare.predictions import compare_predictions
 from streamgauge.compare.rounding import UNIT, weight_rounding
 from streamgauge.compare.tensors import Change
-from streamgauge.errors import NotApplicable
+from streamgauge.errors import NotApplicable, NotMeasured
 from streamgauge.record import Record
 
 IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
@@ -81,7 +81,10 @@ def judge(
         tokens = [one.says for one in measured if one.part == "tokenizer"]
     kind, says = _judge(old, new, changes, found, agrees, [*settings.values()], tokens)
     results = [str(one) for one in measured if one.part != "tokenizer"]
-    if kind in (IDENTICAL, SAME_WEIGHTS) and results:
+    failed = sorted(set(new.metadata["failed"].values()))
+    if kind in (IDENTICAL, SAME_WEIGHTS) and failed:
+        kind, says = OTHER_RESULTS, f"{says}, and it could not be measured: {_some(failed)}"
+    elif kind in (IDENTICAL, SAME_WEIGHTS) and results:
         kind = OTHER_RESULTS
         says = f"{says}, and yet other results, whose cause is not known: {_some(results)}"
     explained = not any(beyond(own) for own in compared.values()) and not tokens
@@ -108,7 +111,7 @@ def _agrees(old: Record, new: Record) -> dict[str, bool | None]:
     ):
         try:
             agrees[name] = not beyond(compare(old, new, rewritten=True))
-        except NotApplicable:
+        except (NotApplicable, NotMeasured):
             agrees[name] = None
     return agrees
 
@@ -259,7 +262,7 @@ def _trained(
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
     plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
-    if len(moved) < BROAD * len(matrices) or len(plain) < len(moved):
+    if not moved or len(moved) < BROAD * len(matrices) or len(plain) < len(moved):
         return "", ""
     cosine = float(np.mean([c.relation.cosine for c in moved]))
     if cosine < ALIKE:

@@ -12,6 +12,7 @@ import numpy as np
 
 CHUNK = 2**20  # numbers that are taken to fp64 at once
 FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
+MOST = 0.9  # of a tensor's numbers may lie in a range of it that differs
 PROBES = 64  # rows whose angles tell a rotation
 LISTED = 3  # rows, blocks or numbers that are named
 UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
@@ -165,15 +166,17 @@ def _somewhere(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """A change of a few numbers, of a range of them, or of few rows or columns."""
     differs = (old != new).reshape(-1)
     count = int(differs.sum())
-    if count > differs.size // 2:
+    if count > MOST * differs.size:
         return None
     first, last = int(differs.argmax()), differs.size - 1 - int(differs[::-1].argmax())
     if count == 1:
         return _one_number(old, new, first)
-    is_range = 2 * count > last - first + 1 and last - first + 1 < differs.size // 2
+    is_range = 2 * count > last - first + 1 and last - first + 1 < MOST * differs.size
     width = old.shape[-1]
     if is_range and (old.ndim < 2 or first % width or (last + 1) % width):
-        return _range(old, new, first, last)
+        return _range(old, new, first, last) or _order(old, new, moments) or _rest(old, first, last)
+    if count > differs.size // 2:
+        return None
     if old.ndim < 2:
         return {"kind": "numbers", "says": f"{count:,} of {old.size:,} numbers differ"}
     return _few_rows(old, new, "row") or (
@@ -208,7 +211,15 @@ def _range(old: np.ndarray, new: np.ndarray, first: int, last: int) -> Told:
         if np.array_equal(flat[at : at + numbers], own):
             other = _place(np.array(np.unravel_index(int(at), old.shape)))
             return {"kind": "range", "says": f"{where} hold what those from {other} on held"}
-    return {"kind": "range", "says": f"{where} differ, and nothing else"}
+    return None
+
+
+def _rest(old: np.ndarray, first: int, last: int) -> Told:
+    """A range of which no more is known."""
+    start = _place(np.array(np.unravel_index(first, old.shape)))
+    size = (last - first + 1) * old.dtype.itemsize
+    says = f"{last - first + 1:,} numbers from {start} on ({size:,} bytes) differ, and nothing else"
+    return {"kind": "range", "says": says}
 
 
 def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:

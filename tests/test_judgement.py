@@ -1,0 +1,300 @@
+"""The verdict on two checkpoints: what it says of faults wherever they sit, of one function in
+other weights, of quantisation, training and strangers; and that harmless changes are quiet.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+import streamgauge
+from streamgauge.checkpoints.files import open_checkpoint
+from streamgauge.compare import differences
+from streamgauge.compare.findings import findings
+from streamgauge.compare.judgement import (
+    ACCEPTED,
+    DAMAGED,
+    IDENTICAL,
+    OTHER_MODEL,
+    OTHER_SETTINGS,
+    QUANTISED,
+    SAME_FUNCTION,
+    SAME_WEIGHTS,
+    TRAINED,
+    Verdict,
+    judge,
+)
+from streamgauge.diff import COMPARED, read_both
+from streamgauge.numerics.rows import Prompts
+from streamgauge.record import Record
+from tests import faults, models
+from tests.faults import Files
+from tests.reparametrised import REWRITINGS
+
+ROWS = Prompts(
+    [[1, 5, 9, 2, 77, 31, 4], [3, 8, 1, 60, 22, 9, 9, 14]] * 3, "test", None, sampled=True
+)
+LAYERS = 5
+CONFIGS = {
+    "gpt2": lambda: tf.GPT2Config(**models.GPT2 | {"n_layer": LAYERS}),
+    "llama": lambda: tf.LlamaConfig(
+        **models.LLAMA
+        | {"num_hidden_layers": LAYERS, "num_key_value_heads": 2, "head_dim": 8}
+        | {"tie_word_embeddings": True}
+    ),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_compared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("streamgauge.measure")
+        wanted = ("instrument", *COMPARED)
+        patch.setattr(module, "GROUPS", {name: module.GROUPS[name] for name in wanted})
+        yield
+
+
+def random_model(name: str, seed: int = 0) -> Any:
+    """A model with gains and biases of its own."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Record]]:
+    """A folder by the model's name and dtype, and its record; made once."""
+    known: dict[tuple[str, str], tuple[Path, Record]] = {}
+
+    def get(name: str, dtype: str = "fp32") -> tuple[Path, Record]:
+        if (name, dtype) not in known:
+            folder = tmp_path_factory.mktemp("baseline") / f"{name}-{dtype}"
+            models.save(random_model(name).to(DTYPES[dtype]), folder)
+            known[name, dtype] = folder, measured(folder)
+        return known[name, dtype]
+
+    return get
+
+
+def measured(folder: Path) -> Record:
+    return streamgauge.measure(folder, rows=ROWS)
+
+
+def verdict_on(old: tuple[Path, Record], folder: Path) -> Verdict:
+    """The verdict by every number of both."""
+    new = measured(folder)
+    changes = read_both(open_checkpoint(old[0]), open_checkpoint(folder), old[1])
+    return judge(old[1], new, differences(old[1], new), changes)
+
+
+def by_sketches(old: tuple[Path, Record], folder: Path) -> Verdict:
+    """The verdict by records alone."""
+    new = measured(folder)
+    return judge(old[1], new, differences(old[1], new))
+
+
+# ---- Faults
+
+
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_faults_of_the_first_and_the_last_layer_are_named(
+    name: str, layer: int, baselines: Any, tmp_path: Path
+) -> None:
+    """By their tensors alone, where these can be read side by side."""
+    folder, record = baselines(name)
+    wrong, tried = [], 0
+    for number, fault in enumerate(faults.FAULTS):
+        files = Files(folder, layer)
+        if not fault.layers or (layer and max(fault.layers) > faults.LAYER):
+            continue  # of no layer, or of the one behind it too
+        if fault.change(files) is False or fault.named() in ("lacks", "missing"):
+            continue
+        target = files.write(tmp_path / str(number))
+        found = findings(read_both(open_checkpoint(folder), open_checkpoint(target), record))
+        words, layers = fault.named(layer), set(found[0].layers)
+        tried += 1
+        if len(found) != 1 or layers - {layer, layer + 1} or words not in found[0].says:
+            wrong.append((fault.name, [one.says for one in found]))
+    assert tried >= 12
+    assert not wrong
+
+
+def spoil(folder: Path, change: Callable[[bytearray], None]) -> None:
+    """Change the bytes of the file itself."""
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    change(content)
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c, at: c.__setitem__(slice(at, at + 4096), bytes(4096)), "bytes) are zero"),
+        (lambda c, at: c.__setitem__(slice(at, at + 4096), c[at - 8192 : at - 4096]), "differ"),
+        (lambda c, at: c.__setitem__(at + 3, c[at + 3] ^ 0x04), "one bit turned"),
+    ],
+)
+def test_damaged_bytes_are_found_where_they_are(
+    change: Any, says: str, baselines: Any, tmp_path: Path
+) -> None:
+    """A page of zeros, a page of another tensor, one bit of an exponent."""
+    old = baselines("llama")
+    folder = Path(shutil.copytree(old[0], tmp_path / "new"))
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    said = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + header])
+    name = "model.layers.3.mlp.down_proj.weight"
+    start = 8 + header + said[name]["data_offsets"][0] + 512
+    spoil(folder, lambda content: change(content, start))
+    verdict = verdict_on(old, folder)
+    assert verdict.kind == DAMAGED and not verdict.passes("function")
+    assert f"layer 3 mlp {name}" in verdict.says and says in verdict.says
+    assert verdict.first is not None and verdict.first.startswith("layer 3 mlp")
+
+
+def test_a_layer_that_was_scaled_is_one_finding(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0], 3)
+    for name in files.of_layer(3):
+        files.tensors[name] = files.tensors[name] * 1.3
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.says == "damaged: layer 3, all 9 tensors: ×1.3"
+    assert len(verdict.found) == 1
+
+
+# ---- One function in other weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_weights_of_the_same_function(
+    name: str, dtype: str, baselines: Any, tmp_path: Path
+) -> None:
+    old, wrong, tried = baselines(name, dtype), [], 0
+    for number, rewriting in enumerate(REWRITINGS):
+        files = Files(old[0], 1)
+        if rewriting.change(files) is False:
+            continue
+        files.tensors = {n: t.to(DTYPES[dtype]) for n, t in files.tensors.items()}
+        verdict = verdict_on(old, files.write(tmp_path / str(number)))
+        tried += 1
+        named = rewriting.words in verdict.says
+        if not verdict.passes("function") or not named:
+            wrong.append((rewriting.name, verdict.says))
+    assert tried >= 9
+    assert not wrong
+
+
+def test_other_weights_of_the_same_function_by_records_alone(
+    baselines: Any, tmp_path: Path
+) -> None:
+    old = baselines("llama")
+    for number, rewriting in enumerate(REWRITINGS[:9]):
+        files = Files(old[0], 1)
+        rewriting.change(files)
+        verdict = by_sketches(old, files.write(tmp_path / str(number)))
+        assert verdict.kind == SAME_FUNCTION, (rewriting.name, verdict.says)
+
+
+def test_a_fault_beside_folded_gains_is_no_same_function(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0])
+    REWRITINGS[0].change(files)
+    files.layer = 3
+    files["W_O"] = files["W_O"] * 1.05
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.kind == DAMAGED and verdict.agrees["activations"] is False
+
+
+# ---- Nothing, and everything
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_harmless_changes_are_the_same_weights(name: str, baselines: Any, tmp_path: Path) -> None:
+    old = baselines(name)
+    assert verdict_on(old, old[0]).kind == IDENTICAL
+    for number, (what, change) in enumerate(faults.HARMLESS.items()):
+        files = Files(old[0])
+        if change(files) is not False:
+            for judged in (verdict_on, by_sketches):
+                verdict = judged(old, files.write(tmp_path / f"{number} {judged.__name__}"))
+                assert verdict.kind in (IDENTICAL, SAME_WEIGHTS), (what, verdict.says)
+                assert verdict.passes() and not verdict.found
+
+
+def test_training_is_told_from_a_stranger(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("gpt2")
+    further, stranger = random_model("gpt2"), random_model("gpt2", seed=1)
+    with torch.no_grad():
+        for parameter in further.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    verdict = verdict_on(old, models.save(further, tmp_path / "further"))
+    assert verdict.kind == TRAINED and verdict.says.startswith("the same model trained further")
+    assert verdict.passes("trained") and not verdict.passes("function") and not verdict.passes()
+    other = verdict_on(old, models.save(stranger, tmp_path / "stranger"))
+    assert other.kind == OTHER_MODEL and "nothing in common" in other.says
+    assert by_sketches(old, tmp_path / "further").kind == TRAINED
+    assert by_sketches(old, tmp_path / "stranger").kind == OTHER_MODEL
+    assert not any(other.passes(same) for same in ACCEPTED)
+
+
+def rounded(folder: Path, target: Path, step: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy whose layers' matrices are rounded."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and ".layers." in name:
+            tensors[name] = step(tensor).contiguous()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def to_int8(tensor: torch.Tensor) -> torch.Tensor:
+    scale = tensor.abs().amax(1, keepdim=True) / 127
+    return (tensor / scale).round() * scale
+
+
+def to_fp8(tensor: torch.Tensor) -> torch.Tensor:
+    scale = 448 / tensor.abs().max()
+    return (tensor * scale).to(torch.float8_e4m3fn).float() / scale
+
+
+@pytest.mark.parametrize("step", [to_int8, to_fp8])
+def test_rounding_to_few_bits_is_a_quantisation(step: Any, baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    target = rounded(old[0], tmp_path / "new", step)
+    verdict = verdict_on(old, target)
+    assert verdict.kind == QUANTISED, verdict.says
+    assert verdict.passes("quantised") and not verdict.passes()  # nothing says that it is one
+    files = Files(target, 3)
+    files["W_Q"] = files["W_Q"].roll(8, 0)
+    beyond = verdict_on(old, files.write(tmp_path / "beyond"))
+    assert beyond.kind == DAMAGED and "beyond a quantisation" in beyond.says
+    assert "layer 3 attn model.layers.3.self_attn.q_proj.weight" in beyond.says
+
+
+def test_noise_is_no_quantisation(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    noisy = rounded(old[0], tmp_path / "new", lambda x: x + 0.01 * x.std() * torch.randn(x.shape))
+    assert verdict_on(old, noisy).kind == TRAINED
+
+
+def test_an_entry_that_no_model_reads_is_none(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    for number, entry in enumerate(({"unsloth_fixed": True}, {"rms_norm_eps": 1e-3})):
+        files = Files(old[0])
+        files.config |= entry
+        verdict = verdict_on(old, files.write(tmp_path / str(number)))
+        assert verdict.kind == (OTHER_SETTINGS if number else IDENTICAL)
