@@ -66,7 +66,10 @@ COVERED = {
     "predictions: lowest loss among its neighbours": ["predictions/best_of_its_neighbours"],
     "regression: a baseline": [
         f"regression/{kind}"
-        for kind in ("config", "weights", "norms", "activations", "predictions")
+        for kind in (
+            *("config", "weights", "norms", "activations", "predictions"),
+            *("verdict", "loss"),
+        )
     ],
     "depth: layer horizon": ["depth/layer_horizon", "depth/loss_falls_with_horizon"],
     "depth: sublayer effect": ["depth/effect_bound"],

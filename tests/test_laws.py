@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import streamgauge
-from fixtures import catalogue
+from fixtures import adopter, catalogue
 from streamgauge.checkpoints import files as checkpoints
 from streamgauge.laws import laws
 from streamgauge.numerics.draws import LAWS, NO_NUMBER
@@ -20,7 +20,7 @@ from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
-from tests.conftest import Audit
+from tests.conftest import ROOT, Audit
 from tests.records import DRAWN, changed, replaced, sound_record, sound_xl
 
 Auditing = Callable[..., Audit]
@@ -786,6 +786,23 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "tokens of the prompts",
     ),
     (
+        "regression/verdict",
+        "scaled",
+        _of(
+            "any",
+            "sketch/parameters",
+            lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x),
+            16,
+        ),
+        "verdicts other than identical, same weights | other weights: layer 3 mlp h.3.mlp.c_fc",
+    ),
+    (
+        "regression/verdict",
+        "other-losses",
+        _of("any", "prediction/loss", lambda x: x * 1.001, 16),
+        "and yet other results",
+    ),
+    (
         "depth/earlier_outputs_fade",
         "gpt2-xl",
         _xl("stream/resid_pre", _flat),
@@ -902,7 +919,40 @@ def test_fails_on_its_negative_control(
 
 
 def test_every_law_has_a_negative_control() -> None:
-    assert {law for law, *_ in [*CONTROLS, *ON_FILES]} == {law.id for law in laws()}
+    # The loss of a model that was trained further has a bound of the adopter's alone.
+    declared = {"regression/loss"}
+    assert {law for law, *_ in [*CONTROLS, *ON_FILES]} | declared == {law.id for law in laws()}
+
+
+@pytest.mark.parametrize(
+    ("times", "outcome"), [(1.1, "fail"), (1.001, "pass"), (0.9, "pass"), (np.nan, "fail")]
+)
+def test_the_loss_may_rise_by_what_the_adopter_allows(
+    times: float, outcome: str, audit: Auditing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    sound_record().save(old)
+    _of("any", "prediction/loss", lambda x: x * times, 16)().save(new)
+    asked = ("--record", new, "--baseline", old, "-m", "regression")
+    noted = audit(*asked, "--same", "trained").row("regression/loss")
+    assert (noted["outcome"], noted["reason"]) == (
+        "not_applicable",
+        "no source claims it of this model",
+    )
+    band = {"law": "regression/loss", "high": 0.05, "source": "earlier releases"}
+    settings = adopter.Settings(ROOT / "streamgauge.toml", {"band": [band]})
+    monkeypatch.setattr(adopter, "read_settings", lambda root: settings)
+    found = audit(*asked, "--same", "trained")
+    row = found.row("regression/loss")
+    assert row["outcome"] == outcome
+    if np.isfinite(times):  # 2 nats a token
+        assert row["value"] == pytest.approx(2 * times - 2, rel=1e-5)
+    assert "--same trained" in row["reproduce"]
+    others = {law: found.outcomes()[f"regression/{law}"] for law in ("weights", "predictions")}
+    assert set(others.values()) == {"not_applicable"}
+    assert audit(*asked).row("regression/loss")["reason"] == (
+        "regression/predictions holds losses to the baseline's"
+    )
 
 
 @pytest.mark.parametrize(("name", "bend"), [("anything", 0.0), ("gpt2", 0.02)])

@@ -10,7 +10,7 @@ Applies to: audits with --baseline that share prompts.
 
 import pytest
 
-from streamgauge.compare import compare_activations, verdict
+from streamgauge.compare import compare_activations, refuse_where_free, verdict
 from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
@@ -18,5 +18,7 @@ ALLOWED = below(1, "measured effect of rounding, F quantile at a family-wise 1e-
 
 
 @pytest.mark.regression
-def test_activations(record: Record, baseline: Record, check) -> None:
-    check(within=ALLOWED, **verdict(compare_activations(baseline, record)))
+def test_activations(record: Record, baseline: Record, same: str | None, check) -> None:
+    refuse_where_free(same, "activations")
+    found = compare_activations(baseline, record, rewritten=same == "function")
+    check(within=ALLOWED, **verdict(found))

@@ -5,12 +5,12 @@ two dtypes can do to it: that of a matrix and its gain, and in products the erro
 each no larger than the factor's norm. Which way a norm moved is said, and is no failure by itself:
 training moves norms both ways.
 Source: triangle inequality; Higham 2002, §2.1 (unit roundoff) and §3.5 (products).
-Applies to: audits with --baseline.
+Applies to: audits with --baseline and without --same.
 """
 
 import pytest
 
-from streamgauge.compare import compare_norms, verdict
+from streamgauge.compare import compare_norms, refuse_where_free, verdict
 from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
@@ -18,5 +18,6 @@ ALLOWED = below(1, "rounding of the two dtypes (Higham 2002, §3.5)")
 
 
 @pytest.mark.regression
-def test_norms(record: Record, baseline: Record, check) -> None:
+def test_norms(record: Record, baseline: Record, same: str | None, check) -> None:
+    refuse_where_free(same, "norms")
     check(within=ALLOWED, **verdict(compare_norms(baseline, record)))

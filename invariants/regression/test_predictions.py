@@ -9,7 +9,7 @@ Applies to: audits with --baseline that share prompts.
 
 import pytest
 
-from streamgauge.compare import compare_predictions, verdict
+from streamgauge.compare import compare_predictions, refuse_where_free, verdict
 from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
@@ -17,5 +17,7 @@ ALLOWED = below(1, "measured effect of rounding, F quantile at a family-wise 1e-
 
 
 @pytest.mark.regression
-def test_predictions(record: Record, baseline: Record, check) -> None:
-    check(within=ALLOWED, **verdict(compare_predictions(baseline, record)))
+def test_predictions(record: Record, baseline: Record, same: str | None, check) -> None:
+    refuse_where_free(same, "predictions")
+    found = compare_predictions(baseline, record, rewritten=same == "function")
+    check(within=ALLOWED, **verdict(found))

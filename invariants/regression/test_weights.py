@@ -6,12 +6,12 @@ What happened is told apart: a factor, a turned sign, zero, what another tensor 
 far it moved.
 Source: Khinchine's and Markov's inequalities (see `streamgauge.groups.sketch`): less than one false
 alarm in 10⁷ tensors.
-Applies to: audits with --baseline of a record with sketches.
+Applies to: audits with --baseline and without --same of a record with sketches.
 """
 
 import pytest
 
-from streamgauge.compare import compare_weights, verdict
+from streamgauge.compare import compare_weights, refuse_where_free, verdict
 from streamgauge.numerics.bands import below
 from streamgauge.record import Record
 
@@ -21,5 +21,6 @@ ALLOWED = below(
 
 
 @pytest.mark.regression
-def test_weights(record: Record, baseline: Record, check) -> None:
+def test_weights(record: Record, baseline: Record, same: str | None, check) -> None:
+    refuse_where_free(same, "weights")
     check(within=ALLOWED, **verdict(compare_weights(baseline, record)))

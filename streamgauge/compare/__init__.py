@@ -10,11 +10,13 @@ from streamgauge.compare.activations import compare_activations, shared_rows, sh
 from streamgauge.compare.all_kinds import differences, table
 from streamgauge.compare.config import compare_config
 from streamgauge.compare.difference import Difference, beyond, verdict
+from streamgauge.compare.judgement import ACCEPTED, judge, refuse_where_free
 from streamgauge.compare.norms import compare_norms
-from streamgauge.compare.predictions import compare_predictions, rows_to_share
+from streamgauge.compare.predictions import compare_predictions, mean_losses, rows_to_share
 from streamgauge.compare.weights import compare_weights
 
 __all__ = [
+    "ACCEPTED",
     "Difference",
     "beyond",
     "compare_activations",
@@ -23,6 +25,9 @@ __all__ = [
     "compare_predictions",
     "compare_weights",
     "differences",
+    "judge",
+    "mean_losses",
+    "refuse_where_free",
     "rows_to_share",
     "shared_rows",
     "shared_tokens",

@@ -26,6 +26,7 @@ ACCEPTED: dict[str | None, tuple[str, ...]] = {
     "trained": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, TRAINED),
     "quantised": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, QUANTISED),
 }
+KINDS = ("weights", "norms", "activations", "predictions")  # that training and rounding move
 NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
@@ -89,6 +90,13 @@ def judge(
         says = f"{says}, and yet other results, whose cause is not known: {_some(results)}"
     explained = not any(beyond(own) for own in compared.values()) and not tokens
     return Verdict(kind, says, found, agrees, explained, _first(found, compared))
+
+
+def refuse_where_free(same: str | None, kind: str) -> None:
+    """Raise NotApplicable where --same lets a kind of quantity differ, and the verdict judges."""
+    free = ("weights", "norms") if same == "function" else KINDS
+    if same is not None and kind in free:
+        raise NotApplicable(f"--same {same} lets {kind} differ; regression/verdict judges them")
 
 
 def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
@@ -189,6 +197,8 @@ def _same_weights(old: Record, new: Record, changes: list[Change]) -> tuple[str,
 
 def _how(found: list[Finding]) -> str:
     """How one function was written in other weights, where that is told."""
+    if len(found) == len(found[0].changes) == 1 and found[0].kind != "padded":
+        return found[0].says
     kinds = {one.kind for one in found}
     norms = [one for one in found for c in one.changes if c.part == "norm"]
     embeds = {c.relation.kind for one in found for c in one.changes if c.part == "embed"}

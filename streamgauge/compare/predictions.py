@@ -30,12 +30,7 @@ def compare_predictions(old: Record, new: Record, *, rewritten: bool = False) ->
         raise NotApplicable(
             "a record has no losses, or the baseline does not say what rounding does to it"
         )
-    before, after = (
-        tokens[~record.array("prediction/is_last")[tokens].astype(bool)]
-        for record, tokens in zip((old, new), shared_tokens(old, new), strict=True)
-    )
-    if not len(before):
-        raise NotApplicable("no prompt that both were measured on has two tokens")
+    before, after = _predicted(old, new)
     losses = [
         r.array("prediction/loss")[tokens].astype(float)
         for r, tokens in ((old, before), (new, after))
@@ -55,6 +50,29 @@ def compare_predictions(old: Record, new: Record, *, rewritten: bool = False) ->
         ),
         *found,
     ]
+
+
+def _predicted(old: Record, new: Record) -> list[np.ndarray]:
+    """Indices of the tokens that both were measured on and that another one follows."""
+    found = [
+        tokens[~record.array("prediction/is_last")[tokens].astype(bool)]
+        for record, tokens in zip((old, new), shared_tokens(old, new), strict=True)
+    ]
+    if not len(found[0]):
+        raise NotApplicable("no prompt that both were measured on has two tokens")
+    return found
+
+
+def mean_losses(old: Record, new: Record) -> tuple[float, float, int]:
+    """The mean losses of both, nats a token, over the tokens that both were measured on, and how
+    many. Raises NotApplicable where they share none.
+    """
+    tokens = _predicted(old, new)
+    before, after = (
+        float(record.array("prediction/loss")[own].astype(float).mean())
+        for record, own in zip((old, new), tokens, strict=True)
+    )
+    return before, after, len(tokens[0])
 
 
 def rows_to_share(old: Record) -> Prompts | None:

@@ -1,0 +1,29 @@
+"""The checkpoint is to the baseline what it is meant to be: the same weights, or with --same the
+same function in other weights, the same model trained further, or a quantisation of it.
+
+value = 1 where the verdict on the two records is none that is accepted, 0 where it is. The verdict
+is read off what became of the tensors, by their sketches, and of configuration, tokens, activations
+and losses; `python -m streamgauge diff` says it of two checkpoints by all their numbers.
+Source: the bounds of the other regression laws, which it rests on.
+Applies to: audits with --baseline.
+"""
+
+import pytest
+
+from streamgauge.compare import ACCEPTED, differences, judge
+from streamgauge.numerics.bands import below
+from streamgauge.record import Record
+
+ALLOWED = below(0.5, "what the regression laws allow, of sketches, tokens, activations and losses")
+
+
+@pytest.mark.regression
+def test_verdict(record: Record, baseline: Record, same: str | None, check) -> None:
+    found = judge(baseline, record, differences(baseline, record))
+    check(
+        0.0 if found.passes(same) else 1.0,
+        within=ALLOWED,
+        what=f"verdicts other than {', '.join(ACCEPTED[same])}:",
+        of=found.says,
+        details=[one.says for one in found.found],
+    )
