@@ -41,6 +41,7 @@ from streamgauge.compare.tokenizers import (
 )
 from streamgauge.divergence import Divergence, divergence
 from streamgauge.measure import measure
+from streamgauge.numerics.names import BESIDE
 from streamgauge.progress import track
 from streamgauge.record import Record, write_whole
 from streamgauge.store import Store
@@ -225,10 +226,17 @@ def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = Fal
     config = record.metadata.get("config") or {}
     heads = config.get("num_attention_heads") or config.get("n_head")
     d_head = config.get("head_dim") or (heads and record.metadata["d_model"] // heads)
-    before = Tensors(stored_shapes(old), tensor_reader(old), d_head)
-    after = Tensors(stored_shapes(new), tensor_reader(new), d_head)
+    before, after = (Tensors(_shapes(c), tensor_reader(c), d_head) for c in (old, new))
     names = track(list(before.shapes), "tensors of both", show)
     return list(compare_tensors(before, after, names))
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of the language model's tensors, by name."""
+    found = stored_shapes(checkpoint)
+    if "text_config" not in checkpoint.config():
+        return found
+    return {name: shape for name, shape in found.items() if not BESIDE.search(name)}
 
 
 def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:

@@ -408,9 +408,9 @@ def _config_dtype(config: dict[str, Any]) -> str | None:
 
 def _config(model: Any) -> dict[str, Any]:
     """The configuration as transformers read it, without what says nothing about the function that
-    the model computes.
+    the model computes; of a model with vision beside it that of its language model.
     """
-    said = json.loads(model.config.to_json_string(use_diff=False))
+    said = json.loads(model.config.get_text_config().to_json_string(use_diff=False))
     return {name: value for name, value in sorted(said.items()) if not NOT_FUNCTION.search(name)}
 
 
@@ -420,7 +420,7 @@ def _undeclared(model: Any) -> list[str]:
     """
     from streamgauge.checkpoints.untrusted import strange
 
-    kind = type(model.config)
+    kind = type(model.config.get_text_config())
     try:
         known = set(kind().to_dict()) | set(kind.attribute_map)
     except strange():

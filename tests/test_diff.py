@@ -25,6 +25,7 @@ from streamgauge.divergence import Divergence, divergence
 from streamgauge.errors import CheckpointError, PromptError
 from tests.conftest import ROOT, shared_checkpoint
 from tests.faults import Files
+from tests.variants import CONFIGS
 
 SIZES = {
     "vocab_size": 512,
@@ -354,3 +355,18 @@ def test_a_deeper_model_is_another_and_nothing_is_searched(diffed: Any, tmp_path
     code, out = diffed(old, saved(llama(num_hidden_layers=4), tmp_path / "deeper"))
     assert code == 1 and "part" not in out
     assert out.startswith("another model: 3 layers of width 64 in the baseline, now 4 layers of")
+
+
+def test_a_text_model_taken_out_of_a_wrapper_is_the_same(diffed: Any, tmp_path: Path) -> None:
+    config = CONFIGS["mistral3, vision beside"]()
+    torch.manual_seed(0)
+    whole = tf.AutoModelForImageTextToText.from_config(config).float().eval()
+    text = tf.AutoModelForCausalLM.from_config(config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    text.save_pretrained(tmp_path / "text")
+    for sides in (("whole", "text"), ("text", "whole")):
+        code, out = diffed(*(tmp_path / side for side in sides))
+        assert code == 0 and out.startswith("the same weights, in other files")
+        assert "tensors: 0 of 39 differ" in out

@@ -22,13 +22,12 @@ from streamgauge.checkpoints.files import (
 from streamgauge.checkpoints.untrusted import refuse_sizes, strange
 from streamgauge.engine.mapped import Mapped
 from streamgauge.errors import CheckpointError, first_line
-from streamgauge.numerics.names import LAYER, layer_of
+from streamgauge.numerics.names import BESIDE, LAYER, layer_of
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
 HEADS = ("lm_head.weight", "embed_out.weight")
 FURTHER = re.compile(r"nextn_predict_layers$|^mtp_num.*layers$|^num_mtp.*layers$")
 # What parts beside a language model are called.
-BESIDE = re.compile(r"vision|visual|image|audio|speech|multi_modal|projector")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ import re
 
 LAYER = re.compile(r"\.(?:h|layers?|blocks?)\.(\d+)\.")
 
+# What lies beside a language model.
+BESIDE = re.compile(r"vision|visual|image|audio|speech|multi_modal|projector")
+
 
 def layer_of(name: str) -> int | None:
     """The layer in a tensor's name, None where it has none."""
