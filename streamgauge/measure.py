@@ -59,7 +59,7 @@ GROUPS = {
     "sketch": 2,
     "prediction": 2,
     "rounding": 3,
-    "neighbours": 2,
+    "neighbours": 3,
     "draws": 1,
 }
 NOT_SKIPPED = (

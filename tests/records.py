@@ -120,7 +120,9 @@ def sound_record(
         "lacking": {},
         "failed": {},
         "matrices": {},
-        "integrity": {kind: [] for kind in ("not_finite", "dead", "alike", "reset", "repeated")},
+        "integrity": {
+            kind: [] for kind in ("not_finite", "dead", "runs", "alike", "reset", "repeated")
+        },
         "convention": "folded, centred",
         "revision": "test",
         "weights_sha256": None,

@@ -32,6 +32,7 @@ from streamgauge.compare.judgement import (
     judge,
 )
 from streamgauge.diff import COMPARED, read_both
+from streamgauge.engine.pieces import runs
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
 from tests import faults, models
@@ -162,6 +163,28 @@ def test_damaged_bytes_are_found_where_they_are(
     assert verdict.kind == DAMAGED and not verdict.passes("function")
     assert f"layer 3 mlp {name}" in verdict.says and says in verdict.says
     assert verdict.first is not None and verdict.first.startswith("layer 3 mlp")
+    alone = measured(folder).integrity["runs"]
+    assert len(alone) == ("are zero" in says)  # the others look like weights
+    assert not old[1].integrity["runs"]
+
+
+def test_ranges_of_one_value_are_told_from_a_model_s_own_zeros() -> None:
+    weight = torch.randn(128, 512, generator=torch.Generator().manual_seed(0)).half()
+
+    def with_value(place: slice, value: float, flat: bool = True) -> torch.Tensor:
+        changed = weight.clone()
+        (changed.view(-1) if flat else changed)[place] = value
+        return changed
+
+    assert runs(weight) == []
+    assert runs(with_value(slice(1000, 3048), 0)) == [(1000, 2048)]
+    assert runs(with_value(slice(40_000, 40_700), 1.5)) == [(40_000, 700)]
+    assert runs(with_value(slice(-600, None), 0)) == [(64_936, 600)]
+    assert runs(with_value(slice(5, 9), 0, flat=False)) == []  # pruned neurons
+    assert runs(with_value(slice(0, None), 0)) == []  # dead, which is said elsewhere
+    padded = weight.clone()
+    padded[:, 200:] = 0
+    assert runs(padded) == []
 
 
 def test_a_layer_that_was_scaled_is_one_finding(baselines: Any, tmp_path: Path) -> None:

@@ -372,6 +372,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "tensors that are not finite | h.3.mlp",
     ),
     ("weights/integrity", "dead", _faulty("dead"), "matrices that are all zero | h.3.mlp"),
+    ("weights/integrity", "runs", _faulty("runs"), "ranges of equal numbers | h.3.mlp"),
     ("weights/integrity", "alike", _faulty("alike"), "matrices that repeat | h.3.mlp"),
     ("weights/integrity", "dead-head", _dead_head, "heads with ‖W_OV‖ = 0 | layer 5 head 2"),
     (

@@ -284,7 +284,7 @@ VALUES: dict[str, Callable[[], list[Any]]] = {
     "weights/gains_vary": lambda: [1],
     "weights/repeated_blocks": lambda: [0],
     "residual/fits_dtype": lambda: [A["stream/largest"].max() / (2 - 2.0**-23) / 2.0**127],
-    "weights/integrity": lambda: [0] * 8,
+    "weights/integrity": lambda: [0] * 9,
     "depth/earlier_outputs_fade": lambda: [
         np.exp(slope((A["sublayers/pre_dot_mlp_0"] / (PRE * MLP[0]))[:, TEXT].mean(1)))
     ],

@@ -37,7 +37,7 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,),
     "residual_multiplier": (1.0,),
 }
-ROPE_BASES = (1e4, 5e5, 1e6)
+ROPE_BASES = (1e4, 1e5, 5e5, 1e6)
 ROPE_FACTORS = (4.0, 8.0)
 SAME = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")

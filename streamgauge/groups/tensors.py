@@ -10,7 +10,7 @@ import numpy as np
 
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.forward import Found
-from streamgauge.engine.pieces import frobenius_norm, sketch
+from streamgauge.engine.pieces import frobenius_norm, runs, sketch
 from streamgauge.numerics.names import LAYER, layer_of
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ class Tensors:
     """What a model's tensors are like; those of a block are read when it is visited, all others at
     once.
 
-    problems: what is wrong with them by kind, one line each: not finite, all zero, the same in two
-    layers, or whole blocks that stand twice. Of tensors that belong to a block only matrices are
-    held to be alive and distinct: biases and gains may rightly be zero, and are all alike before
-    training.
+    problems: what is wrong with them by kind, one line each: not finite, all zero, a range of equal
+    numbers, the same in two layers, or whole blocks that stand twice. Of tensors that belong to a
+    block only matrices are held to be alive and distinct: biases and gains may rightly be zero, and
+    are all alike before training.
     """
 
     def __init__(self, model: Blockwise, *, with_sketches: bool) -> None:
         self.model, self.with_sketches = model, with_sketches
         self.tensors = dict(model.mapped.unique())
-        self.problems: dict[str, list[str]] = {"not_finite": [], "dead": []}
+        self.problems: dict[str, list[str]] = {"not_finite": [], "dead": [], "runs": []}
         self.twins: dict[str, str] = {}  # from a block's matrix to the earlier one that it equals
         self.norms: dict[str, float] = {}
         self.sketches: dict[str, np.ndarray] = {}
@@ -87,8 +87,19 @@ class Tensors:
             self.problems["not_finite"].append(
                 f"{name}: {bad} of {tensor.numel()} values are NaN or Inf"
             )
-        elif LAYER.search(f".{name}") and tensor.dim() > 1:
+            return
+        if tensor.dim() > 1 and self.norms[name]:
+            self._find_runs(name, tensor)
+        if LAYER.search(f".{name}") and tensor.dim() > 1:
             self._compare(name, tensor)
+
+    def _find_runs(self, name: str, tensor: "torch.Tensor") -> None:
+        for start, count in runs(tensor):
+            place = [int(n) for n in np.unravel_index(start, tensor.shape)]
+            value = float(tensor.reshape(-1)[start])
+            self.problems["runs"].append(
+                f"{name}: {count:,} numbers from {place} on are all {value:.4g}"
+            )
 
     def _compare(self, name: str, tensor: "torch.Tensor") -> None:
         import torch
