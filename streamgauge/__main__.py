@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     instrument.add_argument(
         "--allow-pickle", action="store_true", help="open pickled weights, tensors only"
     )
+    instrument.add_argument(
+        "--verify",
+        action="store_true",
+        help="hold the weight files to the sha256 published for them (the hub's, SHA256SUMS, "
+        "NAME.sha256, in-toto), before any is read",
+    )
     instrument.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
     measuring = commands.add_parser(
@@ -233,7 +239,10 @@ def _measure(options: argparse.Namespace) -> None:
     if options.output.is_file():
         Record.load(options.output)  # raises where somebody else's file would be overwritten
     checkpoint = open_checkpoint(
-        location(options.model), options.revision, allow_pickle=options.allow_pickle
+        location(options.model),
+        options.revision,
+        allow_pickle=options.allow_pickle,
+        verify=options.verify,
     )
     record = measure(
         checkpoint,
@@ -258,7 +267,9 @@ def _replay(options: argparse.Namespace) -> int:
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.replay import replay
 
-    checkpoint = open_checkpoint(location(options.model), allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(
+        location(options.model), allow_pickle=options.allow_pickle, verify=options.verify
+    )
     twin = law if law in TWINS else TWINS[0]
     draw = Draw(ids, options.kept, twin, options.seed)
     ratio, layer = replay(checkpoint, law, draw, options.device)
@@ -281,6 +292,7 @@ def _diff(options: argparse.Namespace) -> int:
         prompts=options.prompts,
         device=options.device,
         allow_pickle=options.allow_pickle,
+        verify=options.verify,
         logits=bool(bounds),
         draws=options.search,
         tokens=None if options.tokens is None else _ids(options.tokens),

@@ -144,6 +144,7 @@ def diff(
     prompts: Path | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
+    verify: bool = False,
     logits: bool = False,
     draws: int | None = None,
     tokens: Sequence[int] | None = None,
@@ -152,17 +153,19 @@ def diff(
     """Compare two checkpoints or records, each a folder, a name or FILE.safetensors of `measure`.
 
     Checkpoints are measured where the store has no record of them, the new one on the old one's
-    prompts, and their tensors are read one after the other. logits: whether both are run side by
-    side for their KL divergence, as they are where the new one is a quantisation. draws: how many
-    sequences of tokens hypothesis draws to find where the two part, by default DRAWS where that is
-    not plain from the verdict; tokens: the one sequence to look at instead. Raises
-    StreamgaugeError.
+    prompts, and their tensors are read one after the other. verify: whether weight files are held
+    to the hashes published for them first. logits: whether both are run side by side for their KL
+    divergence, as they are where the new one is a quantisation. draws: how many sequences of tokens
+    hypothesis draws to find where the two part, by default DRAWS where that is not plain from the
+    verdict; tokens: the one sequence to look at instead. Raises StreamgaugeError.
     """
 
     def side(name: str, rows: Any = None) -> Side:
         if Path(name).is_file() and not name.endswith(".gguf"):
             return Side(Record.load(name), None)
-        checkpoint = open_checkpoint(location(name), allow_pickle=allow_pickle, store=store.folder)
+        checkpoint = open_checkpoint(
+            location(name), allow_pickle=allow_pickle, verify=verify, store=store.folder
+        )
         record = measure(
             checkpoint,
             store=store,

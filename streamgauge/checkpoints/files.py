@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.checkpoints import published_hashes
 from streamgauge.checkpoints.contents import adapter_alone, adapter_beside, held_twice
 from streamgauge.checkpoints.converted import INDEX, Origin, origin_of
 from streamgauge.checkpoints.formats import gguf, pickled, quantized
@@ -64,21 +65,27 @@ def open_checkpoint(
     *,
     fetch: bool = True,
     allow_pickle: bool = False,
+    verify: bool = False,
     store: Path | None = None,
 ) -> Checkpoint:
     """The checkpoint in a folder, in a GGUF file, in the hub cache, or (fetch) on the Hugging Face
     hub, where OWNER/NAME/FILE.gguf is a file of a repository.
 
     What is on this machine goes before a hub repository of the same name. allow_pickle: whether
-    pickled weights are opened, tensors only. store: where safetensors made of GGUF, of quantised
-    and of pickled weights are kept, by default the platform's cache folder.
+    pickled weights are opened, tensors only. verify: whether weight files are held to the sha256
+    that is published for them before any is read. store: where safetensors made of GGUF, of
+    quantised and of pickled weights are kept, by default the platform's cache folder.
     Raises UnknownModelError, HubError, NotInstalledError, StoreError, or CheckpointError where its
     files are missing, pickled or damaged.
     """
     path, store = Path(name).expanduser(), store or default_store()
     if path.is_dir():
+        if verify:
+            published_hashes.verify(path)
         return _inspect(path.resolve().name, path.resolve(), revision, allow_pickle, store)
     if path.is_file() and path.suffix.lower() == ".gguf":
+        if verify:
+            published_hashes.verify(path.parent, gguf.parts_of(path))
         return _of_gguf(gguf.model_name(path), path.absolute(), revision, store)
     if path.is_file() or str(name).startswith((".", "/", "~")):
         raise UnknownModelError(
@@ -97,6 +104,8 @@ def open_checkpoint(
             )
         snapshot = _download(repository, revision, wanted)
     revision = revision or snapshot.name
+    if verify:
+        published_hashes.verify(snapshot, gguf.parts_of(snapshot / file) if file else None)
     if not file:
         return _inspect(repository, snapshot, revision, allow_pickle, store)
     if not (snapshot / file).is_file():

@@ -61,9 +61,8 @@ def runs(tensor: "torch.Tensor") -> list[tuple[int, int]]:
     likely = (blocks[:, 0] == blocks[:, -1]) & (blocks[:, 0] == blocks[:, RUN // 2])
     found: list[tuple[int, int]] = []
     for block in likely.nonzero()[:, 0].tolist():
-        if (found and sum(found[-1]) > block * RUN) or not (
-            blocks[block] == blocks[block, 0]
-        ).all():
+        inside = bool(found) and sum(found[-1]) > block * RUN
+        if inside or not (blocks[block] == blocks[block, 0]).all():
             continue
         found.append(_extent(flat, block * RUN))
         if len(found) > 8 * FEW_RUNS:
