@@ -26,6 +26,7 @@ NOISES = 6  # runs of the old checkpoint that say what rounding does to a sequen
 # degree of freedom, as for a single token: 4 sequences and layers in a million do.
 ROOM = 10
 LONGEST = 2048  # tokens of a sequence, where the context has them
+SHRINKS = 100  # sequences that are tried to make one that was drawn simpler
 SINGLES = 64  # tokens of a sequence that are tried alone
 ODD_ROWS = 4096  # tokens whose rows differ that are drawn more often
 
@@ -74,11 +75,12 @@ class Pair:
         """How far the two are apart on a sequence, over what rounding explains: (n_layers + 2,), of
         the stream from the embedding on, and of the losses.
         """
-        noises = [None, *(Noise(draw) for draw in range(NOISES))]
-        clean, *noisy = self._run(0, tokens, noises)
-        (other,) = self._run(1, tokens, [None])
-        explained = np.max([_apart(clean, run) for run in noisy], 0) / NOISE * self.size
+        (clean,), (other,) = (self._run(side, tokens, [None]) for side in (0, 1))
         apart = _apart(clean, other)
+        if not apart.any():
+            return apart
+        noisy = self._run(0, tokens, [Noise(draw) for draw in range(NOISES)])
+        explained = np.max([_apart(clean, run) for run in noisy], 0) / NOISE * self.size
         ratios = np.where(apart == 0, 0, apart / (ROOM * explained + 8 * FP32))
         return np.asarray(np.where(np.isnan(ratios), np.inf, ratios))
 
@@ -170,7 +172,14 @@ def search(
     given = [ids for ids in first if len(ids) <= pair.context and max(ids) < pair.vocabulary]
     known = next((ids for ids in [*given, long] if ids and parting(pair, ids)), None)
     drawn = token_sequences(pair.vocabulary, pair.context, pair.odd_tokens(), texts, draws)
-    found = smallest(drawn.map(lambda draw: draw.ids), lambda ids: bool(parting(pair, ids)), draws)
+    left = draws + SHRINKS
+
+    def part(ids: tuple[int, ...]) -> bool:
+        nonlocal left
+        left -= 1
+        return left >= 0 and parting(pair, ids) is not None
+
+    found = smallest(drawn.map(lambda draw: draw.ids), part, draws)
     return None if found is None and known is None else _shorter(pair, found or known or ())
 
 

@@ -4,6 +4,7 @@ divergence, perplexity, and how often the most likely token is another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
 from streamgauge.progress import track
+
+if TYPE_CHECKING:
+    import torch
 
 BOUNDS = ("kl", "kl99", "perplexity", "flips")  # what bounds are given to
 
@@ -49,26 +53,29 @@ class Divergence:
 def divergence(
     old: Checkpoint, new: Checkpoint, rows: Sequence[list[int]], show: bool = False
 ) -> Divergence:
-    """Run both checkpoints over rows of token ids, one row at a time.
+    """Run both checkpoints over rows of token ids, a block at a time and then logits row by row.
 
     Over the tokens that both have, where one has more rows in its tables. Raises CheckpointError.
     """
     import torch
 
-    models = [Blockwise(load_model(checkpoint, "cpu").mapped) for checkpoint in (old, new)]
-    apart, losses, flips = [], [], []
     rows = [row for row in rows if len(row) > 1]
+    models = [Blockwise(load_model(checkpoint, "cpu").mapped) for checkpoint in (old, new)]
+    apart, rises, flips = [], [], []
     with torch.no_grad():
-        for row in track(rows, "predictions of both", show):
+        streams = [_last_streams(model, rows, show) for model in models]
+        for row, *both in track(list(zip(rows, *streams, strict=True)), "predictions", show):
             ids = torch.tensor([row])
-            logits = [m.mapped.model(input_ids=ids, use_cache=False).logits[0, :-1] for m in models]
+            logits = [
+                model.logits(ids[:, :-1], stream[None, :-1])[0]
+                for model, stream in zip(models, both, strict=True)
+            ]
             shared = min(x.shape[-1] for x in logits)
             one, other = (x[:, :shared].double().log_softmax(-1) for x in logits)
             apart.append((one.exp() * (one - other)).sum(-1).numpy())
-            targets = ids[0, 1:, None]
-            losses.append((one - other).gather(1, targets)[:, 0].numpy())
+            rises.append((one - other).gather(1, ids[0, 1:, None])[:, 0].numpy())
             flips.append((one.argmax(-1) != other.argmax(-1)).numpy())
-    kl, rise, flipped = map(np.concatenate, (apart, losses, flips))
+    kl, rise, flipped = map(np.concatenate, (apart, rises, flips))
     return Divergence(
         float(kl.mean()),
         float(np.quantile(kl, 0.99)),
@@ -76,3 +83,21 @@ def divergence(
         float(flipped.mean()),
         len(kl),
     )
+
+
+def _last_streams(model: Blockwise, rows: Sequence[list[int]], show: bool) -> "list[torch.Tensor]":
+    """The stream behind the last block, (tokens, d_model), of each row."""
+    by_length: dict[int, list[int]] = {}
+    for n, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(n)
+    batches = [model.enter([rows[n] for n in own]) for own in by_length.values()]
+    for layer in track(range(model.n_layers), "blocks of both", show):
+        with model.held(layer):
+            for batch in batches:
+                model.step(batch, layer)
+    found = {
+        n: stream
+        for own, batch in zip(by_length.values(), batches, strict=True)
+        for n, stream in zip(own, batch.stream, strict=True)
+    }
+    return [found[n] for n in range(len(rows))]

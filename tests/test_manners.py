@@ -95,6 +95,15 @@ def test_a_law_without_a_claim_is_told_so(
     assert "test_silent.py has no docstring that says what it claims" in rows
 
 
+def test_a_law_that_cannot_be_imported_is_no_error_of_ours(
+    run_pytest: Running, record: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "test_own.py").write_text("import a_module_that_there_is_not\n")
+    done = run_pytest(tmp_path / "test_own.py", "--record", record, "--rootdir", ROOT)
+    assert done.returncode == 2 and "a_module_that_there_is_not" in done.stdout
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+
+
 def test_who_has_read_enough_sees_no_traceback() -> None:
     command = f"{sys.executable} -m streamgauge laws | head -1"
     done = subprocess.run(

@@ -13,6 +13,7 @@ import numpy as np
 CHUNK = 2**20  # numbers that are taken to fp64 at once
 FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
 MOST = 0.9  # of a tensor's numbers may lie in a range of it that differs
+SAMPLE = 2**16  # numbers by whose errors rounding is told
 PROBES = 64  # rows whose angles tell a rotation
 LISTED = 3  # rows, blocks or numbers that are named
 UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
@@ -276,7 +277,10 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """
     if moments.size > FEW * 3 or old.ndim < 2 or old.shape[-1] < 32:
         return None
-    a, b = (x.reshape(-1, x.shape[-1])[:512].astype(np.float64) for x in (old, new))
+    rows = old.reshape(-1, old.shape[-1]), new.reshape(-1, new.shape[-1])
+    # A few thousand blocks tell the two apart.
+    some = np.unique(np.linspace(0, len(rows[0]) - 1, max(1, SAMPLE // old.shape[-1])).astype(int))
+    a, b = (x[some].astype(np.float64) for x in rows)
     width = a.shape[1] // 32 * 32
     a, d = a[:, :width].reshape(-1, 32), (b - a)[:, :width].reshape(-1, 32)
     sizes = np.log2(np.maximum(np.abs(a), np.sqrt((a**2).mean()) / 256))
@@ -293,11 +297,12 @@ UNIFORM = 2.3
 
 
 def _kurtosis(blocks: np.ndarray) -> float:
-    second = (blocks**2).mean(1)
+    squares = blocks * blocks
+    second = squares.mean(1)
     moved = second > 0
     if not moved.any():
         return float("inf")
-    return float(((blocks[moved] ** 4).mean(1) / second[moved] ** 2).mean())
+    return float(((squares * squares).mean(1)[moved] / second[moved] ** 2).mean())
 
 
 def _offset(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
