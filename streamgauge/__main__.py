@@ -283,6 +283,8 @@ def _diff(options: argparse.Namespace) -> int:
     from streamgauge.store import Store, default_store
 
     bounds = _bounds(options.within)
+    if options.search is not None and options.search < 0:
+        raise SettingsError(f"--search {options.search} is no number of draws; give 0 or more.")
     store = Store(options.store or default_store())
     store.prepare()
     found = diff(
@@ -315,6 +317,9 @@ def _parting(found: "Comparison", options: argparse.Namespace) -> list[str]:
         return [f"the two never part, {looked}"] if found.drawn or options.tokens else []
     ids = ",".join(map(str, found.parting.tokens))
     again = ["python", "-m", "streamgauge", "diff", options.old, options.new, "--tokens", ids]
+    again += ["--prompts", str(options.prompts)] if options.prompts else []
+    again += ["--device", options.device] if options.device != "cpu" else []
+    again += ["--allow-pickle"] if options.allow_pickle else []
     return [str(found.parting), f"again: {shlex.join(again)}"]
 
 

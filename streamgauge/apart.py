@@ -129,6 +129,8 @@ class Pair:
                 tables.append(read(name))
             except KeyError:
                 return []
+        if tables[0].shape[1:] != tables[1].shape[1:]:
+            return []
         rows = min(map(len, tables))
         differ = np.flatnonzero((tables[0][:rows] != tables[1][:rows]).any(1))
         return differ[:ODD_ROWS].tolist() if len(differ) <= rows // 2 else []
@@ -169,7 +171,11 @@ def search(
     longest text.
     """
     long = [n for text in texts for n in text][: min(pair.context, LONGEST)]
-    given = [ids for ids in first if len(ids) <= pair.context and max(ids) < pair.vocabulary]
+    given = [
+        ids
+        for ids in first
+        if 0 < len(ids) <= pair.context and min(ids) >= 0 and max(ids) < pair.vocabulary
+    ]
     known = next((ids for ids in [*given, long] if ids and parting(pair, ids)), None)
     drawn = token_sequences(pair.vocabulary, pair.context, pair.odd_tokens(), texts, draws)
     left = draws + SHRINKS

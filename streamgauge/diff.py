@@ -20,8 +20,8 @@ from streamgauge.checkpoints.files import (
     tensor_reader,
 )
 from streamgauge.checkpoints.prompts import read_prompts
-from streamgauge.checkpoints.tokenizers import describe_tokenizer, load_tokenizer
-from streamgauge.compare import differences, rows_to_share, shared_rows
+from streamgauge.checkpoints.tokenizers import describe_tokenizer, has_tokenizer, load_tokenizer
+from streamgauge.compare import differences, refuse_routers, rows_to_share, shared_rows
 from streamgauge.compare.difference import Difference, beyond
 from streamgauge.compare.judgement import (
     DAMAGED,
@@ -40,6 +40,7 @@ from streamgauge.compare.tokenizers import (
     compare_tokenizers,
 )
 from streamgauge.divergence import Divergence, divergence
+from streamgauge.errors import NotApplicable, SettingsError
 from streamgauge.measure import measure
 from streamgauge.numerics.names import BESIDE
 from streamgauge.progress import track
@@ -183,19 +184,45 @@ def diff(
     if before.checkpoint and after.checkpoint:
         changes = read_both(before.checkpoint, after.checkpoint, before.record, show)
         tokenizers = compare_both(before.checkpoint, after.checkpoint)
-    other = [one.says for one in tokenizers or []]
+    other = None
+    if tokenizers is not None:
+        other = [one.says for one in tokenizers if one.encodes or one.is_role]
     verdict = judge(before.record, after.record, found, changes, other)
     apart = None
     if before.checkpoint and after.checkpoint and (logits or verdict.kind == QUANTISED):
         rows = shared_rows(before.record, after.record)
-        apart = divergence(before.checkpoint, after.checkpoint, rows, show) if rows else None
+        apart = divergence(before.checkpoint, after.checkpoint, rows, device, show)
     drawn = draws if draws is not None else DRAWS * (verdict.kind in SEARCHED)
     parted = None
-    if before.checkpoint and after.checkpoint and (drawn or tokens):
-        parted = _search(before, after, store, drawn, tokens, device)
-    else:
-        drawn = 0
+    if drawn or tokens:
+        why = _not_searched(before, after)
+        if why and (tokens or draws):
+            raise SettingsError(f"no tokens can be put to both: {why}.")
+        if why:
+            drawn = 0
+        else:
+            parted = _search(before, after, store, drawn, tokens, device)
+    if parted and verdict.kind == SAME_FUNCTION:
+        says = f"damaged: {parted}, though the prompts do not show it; {verdict.says}"
+        verdict = replace(verdict, kind=DAMAGED, says=says)
     return Comparison(verdict, found, changes, tokenizers, apart, parted, drawn)
+
+
+def _not_searched(old: Side, new: Side) -> str | None:
+    """Why the two cannot be put to the same tokens, None where they can."""
+    if old.checkpoint is None or new.checkpoint is None:
+        return "one of the two is a record, which does not run"
+    if old.record.n_layers != new.record.n_layers:
+        return "they have different depths"
+    if old.record.metadata["d_model"] != new.record.metadata["d_model"]:
+        return "they have different widths"
+    if {"stream", "prediction"} & set(new.record.metadata["failed"]):
+        return "the new one cannot be run"
+    try:
+        refuse_routers(old.record, new.record)
+    except NotApplicable as error:
+        return str(error)
+    return None
 
 
 def _search(
@@ -207,8 +234,6 @@ def _search(
     assert old.checkpoint and new.checkpoint
     unit = max(weight_rounding(old.record, new.record), coarsest(old.record, new.record))
     pair = Pair(old.checkpoint, new.checkpoint, unit, device)
-    if pair.old.n_layers != pair.new.n_layers:
-        return None
     if tokens:
         return parting(pair, tokens)
     file = store.folder / "partings" / f"{old.record.metadata['weights_sha256']}.json"
@@ -225,21 +250,22 @@ def _search(
 
 
 def read_both(old: Checkpoint, new: Checkpoint, record: Record, show: bool = False) -> list[Change]:
-    """What became of each tensor, by the files of both checkpoints."""
+    """What became of each tensor, by the files of both checkpoints.
+
+    What lies beside a language model is left out where one of the two has none of it.
+    """
     config = record.metadata.get("config") or {}
     heads = config.get("num_attention_heads") or config.get("n_head")
     d_head = config.get("head_dim") or (heads and record.metadata["d_model"] // heads)
-    before, after = (Tensors(_shapes(c), tensor_reader(c), d_head) for c in (old, new))
+    shapes = [stored_shapes(checkpoint) for checkpoint in (old, new)]
+    if not all(any(map(BESIDE.search, own)) for own in shapes):
+        shapes = [{n: s for n, s in own.items() if not BESIDE.search(n)} for own in shapes]
+    before, after = (
+        Tensors(own, tensor_reader(checkpoint), d_head)
+        for own, checkpoint in zip(shapes, (old, new), strict=True)
+    )
     names = track(list(before.shapes), "tensors of both", show)
     return list(compare_tensors(before, after, names))
-
-
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Shapes of the language model's tensors, by name."""
-    found = stored_shapes(checkpoint)
-    if "text_config" not in checkpoint.config():
-        return found
-    return {name: shape for name, shape in found.items() if not BESIDE.search(name)}
 
 
 def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
@@ -253,9 +279,14 @@ def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
     is_made = bool(old.origin or new.origin)
     if is_made and None in described:
         return []
+    if None in described and all(has_tokenizer(checkpoint.folder) for checkpoint in (old, new)):
+        # Files of another kind, which texts alone can hold against each other.
+        apart = text_apart(old.folder, new.folder)
+        says = f"the text {apart!r} has other tokens"
+        return [] if apart is None else [TokenizerDifference(says, encodes=True)]
     found = compare_tokenizers(*described)
-    out = beyond_the_table(described[1], _rows(new))
-    if out and not beyond_the_table(described[0], _rows(old)):
+    out = _rows(new) and beyond_the_table(described[1], _rows(new))
+    if out and not beyond_the_table(described[0], _rows(old) or _rows(new)):
         found.insert(0, TokenizerDifference(out, encodes=True))
     if is_made:
         return [one for one in found if one.encodes and not one.is_role and not one.is_part]

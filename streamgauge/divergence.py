@@ -51,30 +51,39 @@ class Divergence:
 
 
 def divergence(
-    old: Checkpoint, new: Checkpoint, rows: Sequence[list[int]], show: bool = False
-) -> Divergence:
+    old: Checkpoint,
+    new: Checkpoint,
+    rows: Sequence[list[int]],
+    device: str = "cpu",
+    show: bool = False,
+) -> Divergence | None:
     """Run both checkpoints over rows of token ids, a block at a time and then logits row by row.
 
-    Over the tokens that both have, where one has more rows in its tables. Raises CheckpointError.
+    Where one has more rows in its tables the divergence is a sum over the tokens that both have, of
+    what each predicts among all of its own. None where no row has two tokens. Raises
+    CheckpointError.
     """
     import torch
 
     rows = [row for row in rows if len(row) > 1]
-    models = [Blockwise(load_model(checkpoint, "cpu").mapped) for checkpoint in (old, new)]
+    if not rows:
+        return None
+    models = [Blockwise(load_model(checkpoint, device).mapped) for checkpoint in (old, new)]
     apart, rises, flips = [], [], []
     with torch.no_grad():
         streams = [_last_streams(model, rows, show) for model in models]
         for row, *both in track(list(zip(rows, *streams, strict=True)), "predictions", show):
-            ids = torch.tensor([row])
+            ids = torch.tensor([row], device=device)
             logits = [
                 model.logits(ids[:, :-1], stream[None, :-1])[0]
                 for model, stream in zip(models, both, strict=True)
             ]
             shared = min(x.shape[-1] for x in logits)
-            one, other = (x[:, :shared].double().log_softmax(-1) for x in logits)
-            apart.append((one.exp() * (one - other)).sum(-1).numpy())
-            rises.append((one - other).gather(1, ids[0, 1:, None])[:, 0].numpy())
-            flips.append((one.argmax(-1) != other.argmax(-1)).numpy())
+            full = [x.double().log_softmax(-1) for x in logits]
+            one, other = (x[:, :shared] for x in full)
+            apart.append((one.exp() * (one - other)).sum(-1).cpu().numpy())
+            rises.append((one - other).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy())
+            flips.append((full[0].argmax(-1) != full[1].argmax(-1)).cpu().numpy())
     kl, rise, flipped = map(np.concatenate, (apart, rises, flips))
     return Divergence(
         float(kl.mean()),

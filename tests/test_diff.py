@@ -228,6 +228,19 @@ def test_a_part_that_changes_no_text_counts_for_none(stories: Path, tmp_path: Pa
     assert not compare_both(open_checkpoint(stories), open_checkpoint(stories))
 
 
+def test_how_added_tokens_are_matched_and_scores_count(stories: Path, tmp_path: Path) -> None:
+    stripped = with_tokenizer(
+        stories, tmp_path / "strip", lambda t, c, g: t["added_tokens"][1].update(lstrip=True)
+    )
+    found = compare_both(open_checkpoint(stories), open_checkpoint(stripped))
+    assert found[0].says == "another way to match added tokens"
+    described = describe_tokenizer(stories)
+    assert described is not None
+    scores = [described | {"scores": [["a", score]]} for score in (-1.0, -2.0)]
+    (one,) = compare_tokenizers(*scores)
+    assert one.says == "another scores of tokens" and one.encodes
+
+
 def test_tokenizers_that_are_gone_or_none(stories: Path, tmp_path: Path) -> None:
     described = describe_tokenizer(stories)
     assert described is not None and describe_tokenizer(tmp_path) is None
@@ -299,6 +312,35 @@ def test_the_found_tokens_are_shown_again_and_tried_first(diffed: Any, tmp_path:
     assert json.loads(kept.read_text()) == [[417]]
     kept.write_text("damaged")
     assert diffed(old, new)[0] == 1
+
+
+def test_what_was_not_looked_at_is_not_said_to_agree(diffed: Any, tmp_path: Path) -> None:
+    old = saved(llama(), tmp_path / "old")
+    assert main(["measure", str(old), "-o", str(tmp_path / "old.safetensors")]) == 0
+    code, out = diffed(tmp_path / "old.safetensors", old)
+    assert code == 0 and "tokenizers were not compared" in out and "part" not in out
+    for wrong in (
+        (tmp_path / "old.safetensors", old, "--tokens", "5"),
+        (old, saved(llama(num_hidden_layers=4), tmp_path / "deeper"), "--search", "5"),
+        (old, saved(llama(hidden_size=32), tmp_path / "narrow"), "--tokens", "5"),
+    ):
+        code, out = diffed(*wrong)
+        assert code == 4 and "no tokens can be put to both" in out, out
+    code, out = diffed(old, old, "--search", "-1")
+    assert code == 4 and "is no number of draws" in out
+
+
+def test_a_parting_is_no_same_function(
+    diffed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved(llama(), tmp_path / "old")
+    files = Files(old)
+    files["W_V"], files["W_O"] = 1.7 * files["W_V"], files["W_O"] / 1.7
+    new = files.write(tmp_path / "new")
+    monkeypatch.setattr("streamgauge.diff.search", lambda *_: Parting((5,), 0, 99.0))
+    code, out = diffed(old, new, "--same", "function")
+    assert code == 1
+    assert out.startswith("damaged: the two part on the single token 5, from layer 0's output on")
 
 
 def test_json_is_as_its_schema_says(diffed: Any, tmp_path: Path) -> None:

@@ -241,6 +241,27 @@ def test_a_fault_beside_folded_gains_is_no_same_function(baselines: Any, tmp_pat
     assert verdict.kind == DAMAGED and verdict.agrees["activations"] is False
 
 
+def test_rows_that_take_their_share_are_not_idle(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("gpt2")
+    files = Files(old[0])
+    table = files["embed"]
+    files["embed"] = torch.cat([table, torch.zeros(64, table.shape[1])])  # of 97 tokens
+    files.config["vocab_size"] += 64
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.kind == DAMAGED and "vocab_size 97 in the baseline, now 161" in verdict.says
+
+
+def test_rows_that_no_prompt_holds_are_no_other_writing(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    for number, spoil_rows in enumerate((lambda t: 3 * t + 0.2, lambda t: t[:0])):
+        files = Files(old[0])
+        table = files["embed"]
+        files["embed"] = torch.cat([table[:80], spoil_rows(table[80:])])  # of tokens in no prompt
+        files.config["vocab_size"] = len(files["embed"])
+        verdict = verdict_on(old, files.write(tmp_path / str(number)))
+        assert verdict.kind == DAMAGED and not verdict.passes("function"), verdict.says
+
+
 # ---- Nothing, and everything
 
 
@@ -271,6 +292,78 @@ def test_training_is_told_from_a_stranger(baselines: Any, tmp_path: Path) -> Non
     assert by_sketches(old, tmp_path / "further").kind == TRAINED
     assert by_sketches(old, tmp_path / "stranger").kind == OTHER_MODEL
     assert not any(other.passes(same) for same in ACCEPTED)
+
+
+@pytest.mark.parametrize("size", [0.001, 0.003, 0.01])
+def test_a_small_step_of_training_in_bf16_has_no_other_name(
+    size: float, baselines: Any, tmp_path: Path
+) -> None:
+    old = baselines("llama", "bf16")
+    files = Files(old[0])
+    for name, tensor in files.tensors.items():
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        files.tensors[name] = (tensor.float() + size * tensor.float().std() * noise).bfloat16()
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert "scaled" not in verdict.says and "factor" not in verdict.says
+    assert verdict.kind in (TRAINED, SAME_FUNCTION) and verdict.passes("trained")
+    if size == 0.01:
+        assert verdict.kind == TRAINED
+
+
+def _zeroed_norm(f: Files) -> None:
+    f["final"] = torch.zeros_like(f["final"])
+
+
+def _turned_gain(f: Files) -> None:
+    f["ln2"] = -f["ln2"]
+
+
+def _stranger_s_matrix(f: Files) -> None:
+    f["W_O"] = torch.randn(f["W_O"].shape) * f["W_O"].std()
+
+
+def _other_activation(f: Files) -> None:
+    f.config["hidden_act"] = "gelu"
+
+
+@pytest.mark.parametrize(
+    "damage", [_zeroed_norm, _turned_gain, _stranger_s_matrix, _other_activation]
+)
+def test_damage_beside_training_is_no_training(damage: Any, baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0])
+    torch.manual_seed(3)
+    for name, tensor in files.tensors.items():
+        files.tensors[name] = tensor + 0.01 * tensor.std() * torch.randn(tensor.shape)
+    assert verdict_on(old, files.write(tmp_path / "trained")).passes("trained")
+    damage(files)
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert not verdict.passes("trained"), verdict.says
+    assert "beyond further training" in verdict.says or "besides, hidden_act" in verdict.says
+
+
+def test_one_step_of_adam_is_no_quantisation(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    stepped = rounded(old[0], tmp_path / "new", lambda x: x + 1e-4 * torch.randn(x.shape).sign())
+    assert verdict_on(old, stepped).kind == TRAINED
+
+
+def test_a_dead_head_is_no_rounding(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    target = rounded(old[0], tmp_path / "int8", to_int8)
+    files = Files(target, 3)
+    files["W_out"][4:7] = 0
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.kind == DAMAGED and "3 of 32 rows differ (4, 5, 6): all zero" in verdict.says
+
+
+def test_norms_are_seen_where_sketches_see_nothing(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0], 3)
+    files["W_Q"] = files["W_Q"] * 1.02
+    files.tensors = {name: tensor.bfloat16() for name, tensor in files.tensors.items()}
+    verdict = by_sketches(old, files.write(tmp_path / "new"))
+    assert not verdict.passes() and "(+2.0" in verdict.says, verdict.says
 
 
 def rounded(folder: Path, target: Path, step: Callable[[torch.Tensor], torch.Tensor]) -> Path:

@@ -175,6 +175,39 @@ def test_the_size_is_that_of_all_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.cosine == pytest.approx(cosine, rel=1e-6)
 
 
+def test_odd_arrays_end_in_no_traceback() -> None:
+    """Counters, empty tensors, integers, NaN on both sides, what overflows and what vanishes."""
+    count = np.array(100, np.int64)
+    assert relation(count, count).is_same and not relation(count, count + 1).is_same
+    empty = np.zeros((0, 4), np.float32)
+    assert relation(empty, empty).is_same
+    bad = A.copy()
+    bad[2, 2] = np.nan
+    assert relation(bad, bad.copy()).is_same
+    assert relation(bad, 1.5 * bad).kind == "not finite"
+    assert "finite now" in relation(bad, A).says
+    assert not relation(A, np.zeros(A.shape, np.int8)).is_same
+    with np.errstate(over="ignore"):
+        assert not relation(A * 1e7, (A * 1e7).astype(np.float16)).is_same
+    assert not relation(A * 1e-9, (A * 1e-9).astype(np.float16)).is_same
+    one, other = (DICE.integers(0, 2, (64, 1024)).astype(bool) for _ in range(2))
+    assert relation(one, other).kind == "moved"
+
+
+def test_rows_that_are_lost_or_twice_are_no_order() -> None:
+    for order in (np.maximum(np.arange(96) - 1, 0), DICE.integers(0, 96, 96)):
+        assert "all 96 rows there" not in relation(A, A[order]).says
+
+
+def test_a_range_is_looked_for_in_time() -> None:
+    """Of numbers that stand everywhere, as those of few bits do."""
+    few = (DICE.integers(-2, 3, (512, 1024)) / 4).astype(np.float32)
+    new = few.copy()
+    new.reshape(-1)[100:200_100] = few.reshape(-1)[300_000:500_000]
+    found = relation(few, new)
+    assert "hold what those from [292, " in found.says
+
+
 # ---- Which tensor is which
 
 
@@ -197,6 +230,9 @@ def test_a_wrapper_s_prefix_is_no_difference() -> None:
     assert matched_names(beside, plain) == wanted
     assert matched_names(["h.0.w", "wte.weight"], ["transformer.h.0.w", "transformer.wte.weight"])
     assert matched_names(["a.weight"], ["b.weight"]) == {}
+    old = [f"model.layers.{n}.block_sparse_moe.gate.weight" for n in range(4)]
+    new = [name.replace("block_sparse_moe", "mlp") for name in old]
+    assert matched_names(old, new) == dict(zip(old, new, strict=True))
 
 
 def test_rows_that_both_tables_have_are_compared() -> None:

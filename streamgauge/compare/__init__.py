@@ -6,7 +6,12 @@ dtypes, of activations and losses from the `rounding` group, which measured what
 do to this model. Together they raise a false alarm of one comparison in a thousand at most.
 """
 
-from streamgauge.compare.activations import compare_activations, shared_rows, shared_tokens
+from streamgauge.compare.activations import (
+    compare_activations,
+    refuse_routers,
+    shared_rows,
+    shared_tokens,
+)
 from streamgauge.compare.all_kinds import differences, table
 from streamgauge.compare.config import compare_config
 from streamgauge.compare.difference import Difference, beyond, verdict
@@ -27,6 +32,7 @@ __all__ = [
     "differences",
     "judge",
     "mean_losses",
+    "refuse_routers",
     "refuse_where_free",
     "rows_to_share",
     "shared_rows",

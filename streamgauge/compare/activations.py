@@ -21,7 +21,7 @@ def compare_activations(old: Record, new: Record, *, rewritten: bool = False) ->
     Raises NotApplicable where they share no prompts, or the baseline does not say what rounding
     does to it.
     """
-    _refuse_routers(old, new)
+    refuse_routers(old, new)
     before, after = shared_tokens(old, new)
     found: list[Difference] = []
     for name, part in ACTIVATIONS.items():
@@ -67,7 +67,7 @@ def _from_to(before: np.ndarray, after: np.ndarray) -> str:
     )
 
 
-def _refuse_routers(old: Record, new: Record) -> None:
+def refuse_routers(old: Record, new: Record) -> None:
     """Raise NotApplicable for a mixture of experts in another dtype: a router may choose others for
     a rounding error.
     """

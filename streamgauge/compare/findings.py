@@ -167,6 +167,8 @@ def _where(own: list[Change], sizes: dict[int, int]) -> str:
         count = f"all {len(own)}" if len(own) == sizes[layers[0]] else f"{len(own)}"
         return f"layer {layers[0]}, {count} tensors"
     span = f"{len(layers)} layers" if layers else ""
+    if len(layers) == 1:
+        span = f"layer {layers[0]}"
     if len(layers) > 1:
         span = f"layers {layers[0]} to {layers[-1]}"
     if len(roles) == 1 and layers:

@@ -8,7 +8,8 @@ import numpy as np
 from streamgauge.compare.activations import compare_activations
 from streamgauge.compare.difference import Difference, beyond
 from streamgauge.compare.findings import Finding, findings, place_of
-from streamgauge.compare.predictions import compare_predictions
+from streamgauge.compare.predictions import compare_predictions, mean_losses
+from streamgauge.compare.relations import Relation
 from streamgauge.compare.rounding import UNIT, weight_rounding
 from streamgauge.compare.tensors import Change
 from streamgauge.errors import NotApplicable, NotMeasured
@@ -32,6 +33,13 @@ BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to fe
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
 OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
 COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
+# What happened to some tokens' rows of a table shows on some inputs alone, and no function is
+# written otherwise by a few numbers.
+PARTIAL = ("rows", "range", "cut", "shape")
+SINGLE = ("numbers", "not finite")
+IDLE = 0.1  # nats a token that rows more in the tables may cost
+# What training does to no vector and no matrix.
+UNTRAINED = ("zero", "sign", "constant", "held", "missing", "new", "not finite", "order", "cut")
 ROUNDED = ("few bits", "moved", "rounded to a dtype")  # what rounding to few bits looks like
 # Entries that say how weights are written, and nothing of a function that was seen to agree.
 LAYOUT = ("tie_word_embeddings", "vocab_size", "model_type")
@@ -44,7 +52,8 @@ class Verdict:
     kind: one of the words above; says: the sentence; found: what happened to tensors, by the order
     of the forward pass; agrees: whether activations and predictions do, as two ways of writing one
     function, None where that cannot be told; explained: whether rounding to the formats that the
-    two say they are stored in explains all of it; first: where the two part first.
+    two say they are stored in explains all of it; beside: whether configuration or tokenizer differ
+    as well; first: where the two part first.
     """
 
     kind: str
@@ -52,10 +61,13 @@ class Verdict:
     found: list[Finding] = field(default_factory=list)
     agrees: dict[str, bool | None] = field(default_factory=dict)
     explained: bool = False
+    beside: bool = False
     first: str | None = None
 
     def passes(self, same: str | None = None) -> bool:
         """Whether the two are the same in the sense of ACCEPTED, by default but for rounding."""
+        if self.beside and self.kind in (TRAINED, QUANTISED):
+            return False
         return self.kind in ACCEPTED[same] or (self.kind == QUANTISED and self.explained)
 
 
@@ -64,24 +76,27 @@ def judge(
     new: Record,
     compared: dict[str, list[Difference]],
     changes: Sequence[Change] | None = None,
-    tokenizers: Sequence[str] = (),
+    tokenizers: Sequence[str] | None = None,
 ) -> Verdict:
     """The verdict on two records.
 
     compared: what `differences` found; changes: of the tensors themselves where both were at hand,
-    else sketches tell; tokenizers: what `compare_tokenizers` found to matter.
+    else sketches tell; tokenizers: what `compare_tokenizers` found to matter, None where tokenizers
+    were not compared.
     """
     changes = _by_sketches(compared) if changes is None else list(changes)
     found, agrees = findings(changes), _agrees(old, new)
     settings = {one.name: f"{one.name} {one.says}" for one in beyond(compared.get("config", []))}
-    if all(agrees.values()) or (agrees["activations"] and _only_more_rows(found)):
+    if _is_rewritten(old, new, found, agrees):
         settings = {name: says for name, says in settings.items() if name not in LAYOUT}
     measured = beyond(compared.get("predictions", []) + compared.get("activations", []))
-    tokens = list(tokenizers)
+    tokens = list(tokenizers or [])
     if not tokens and not old.metadata.get("sampled"):  # or each wrote prompts of its own
         tokens = [one.says for one in measured if one.part == "tokenizer"]
     kind, says = _judge(old, new, changes, found, agrees, [*settings.values()], tokens)
     results = [str(one) for one in measured if one.part != "tokenizer"]
+    if kind == IDENTICAL and tokenizers is None:
+        says = "identical: the same weight files and configuration; tokenizers were not compared"
     failed = sorted(set(new.metadata["failed"].values()))
     if kind in (IDENTICAL, SAME_WEIGHTS) and failed:
         kind, says = OTHER_RESULTS, f"{says}, and it could not be measured: {_some(failed)}"
@@ -89,7 +104,8 @@ def judge(
         kind = OTHER_RESULTS
         says = f"{says}, and yet other results, whose cause is not known: {_some(results)}"
     explained = not any(beyond(own) for own in compared.values()) and not tokens
-    return Verdict(kind, says, found, agrees, explained, _first(found, compared))
+    beside = bool(settings or tokens)
+    return Verdict(kind, says, found, agrees, explained, beside, _first(found, compared))
 
 
 def refuse_where_free(same: str | None, kind: str) -> None:
@@ -100,12 +116,21 @@ def refuse_where_free(same: str | None, kind: str) -> None:
 
 
 def _by_sketches(compared: dict[str, list[Difference]]) -> list[Change]:
-    """What sketches say of each tensor; what rounding explains is no change."""
-    return [
-        Change(one.name, one.relation)
-        for one in compared.get("weights", [])
-        if one.relation is not None and (one.excess > 1 or one.relation.kind == "same")
-    ]
+    """What sketches say of each tensor, and norms of those that moved too little for them; what
+    rounding explains is no change.
+    """
+    norms = {one.name[1:-1]: one for one in beyond(compared.get("norms", []))}
+    found = []
+    for one in compared.get("weights", []):
+        if one.relation is None:
+            continue  # of a head
+        if one.excess > 1 or (one.relation.kind == "same" and one.name not in norms):
+            found.append(Change(one.name, one.relation))
+        elif one.name in norms:
+            norm = norms[one.name]
+            told = Relation("moved", f"its norm {norm.says}", norm.size)
+            found.append(Change(one.name, told))
+    return found
 
 
 def _agrees(old: Record, new: Record) -> dict[str, bool | None]:
@@ -124,11 +149,25 @@ def _agrees(old: Record, new: Record) -> dict[str, bool | None]:
     return agrees
 
 
-def _only_more_rows(found: list[Finding]) -> bool:
-    """Whether tables have more rows, which take their share of every prediction, and nothing else
-    happened.
+def _is_rewritten(
+    old: Record, new: Record, found: list[Finding], agrees: dict[str, bool | None]
+) -> bool:
+    """Whether other weights stand for the same function: activations and losses agree, and nothing
+    happened that prompts without the tokens concerned do not show.
+
+    Rows more in the tables take their share of every prediction: a small one, or they are no idle
+    rows.
     """
-    return bool(found) and all(one.kind == "padded" for one in found)
+    partial = any(
+        one.kind in SINGLE or (one.kind in PARTIAL and any(c.layer is None for c in one.changes))
+        for one in found
+    )
+    if partial or weight_rounding(old, new) > UNIT["BF16"]:
+        return False
+    if found and all(one.kind == "padded" for one in found) and agrees["activations"]:
+        before, after, _ = mean_losses(old, new)
+        return after - before < IDLE
+    return all(agrees.values())
 
 
 def _judge(
@@ -161,8 +200,7 @@ def _judge(
     kind, says = _quantised(old, new, changes, found)
     if kind:
         return kind, says + more
-    same = all(agrees.values()) or (agrees["activations"] and _only_more_rows(found))
-    if same and not beside and weight_rounding(old, new) <= UNIT["BF16"]:
+    if not beside and _is_rewritten(old, new, found, agrees):
         how = _how(found)
         return SAME_FUNCTION, f"the same function in other weights{f': {how}' if how else ''}"
     kind, says = _trained(old, new, changes, found)
@@ -272,14 +310,20 @@ def _trained(
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
     plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
-    if not moved or len(moved) < BROAD * len(matrices) or len(plain) < len(moved):
+    if not moved or len(moved) < BROAD * len(matrices) or len(plain) < BROAD * len(moved):
         return "", ""
-    cosine = float(np.mean([c.relation.cosine for c in moved]))
+    cosine = float(np.mean([c.relation.cosine for c in plain]))
     if cosine < ALIKE:
         return OTHER_MODEL, (
             f"another model of the same shape: its weights have nothing in common with the "
             f"baseline's (mean cosine {cosine:.2f})"
         )
+    usual = float(np.median([c.relation.size for c in plain]))
+    odd = [c for c in changes if c.relation.kind in UNTRAINED]
+    odd += [c for c in plain if c.relation.size > max(COARSE, OUTLIER * usual)]
+    if odd:
+        says = _some([one.says for one in findings(odd)])
+        return DAMAGED, f"damaged, beyond further training: {says}"
     sizes = [c.relation.size for c in moved]
     most = max(moved, key=lambda c: c.relation.size)
     return TRAINED, (

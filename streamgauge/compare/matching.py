@@ -5,6 +5,7 @@ prefix.
 from collections import Counter
 from collections.abc import Iterable
 
+from streamgauge.numerics.names import layer_of
 from streamgauge.record import Record
 
 
@@ -20,7 +21,8 @@ def matched_names(old: Iterable[str], new: Iterable[str]) -> dict[str, str]:
     for before, after in _prefixes(left, right):
         for name in sorted(name for name in left if name.startswith(before)):
             other = after + name[len(before) :]
-            if other in right:
+            # A prefix may end in a layer's number, and layers do not change places by their names.
+            if other in right and layer_of(name) == layer_of(other):
                 found[name] = other
                 left.discard(name)
                 right.discard(other)
@@ -39,7 +41,7 @@ def _prefixes(left: Iterable[str], right: Iterable[str]) -> list[tuple[str, str]
         start = next((start for start in _starts(name) if name[start:] in ends), len(name))
         if name.count(".", start):
             pairs.update((name[:start], prefix) for prefix in ends[name[start:]])
-    return [pair for pair, _ in pairs.most_common()]
+    return sorted(pairs, key=lambda pair: (-pairs[pair], pair))
 
 
 def _starts(name: str) -> list[int]:

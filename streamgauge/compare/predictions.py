@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streamgauge.compare.activations import _allowed, _refuse_routers, _rows, shared_tokens
+from streamgauge.compare.activations import _allowed, _rows, refuse_routers, shared_tokens
 from streamgauge.compare.difference import Difference
 from streamgauge.errors import NotApplicable
 from streamgauge.numerics.rows import Prompts
@@ -25,7 +25,7 @@ def compare_predictions(old: Record, new: Record, *, rewritten: bool = False) ->
     ]
     if n_shared == 0:
         return found
-    _refuse_routers(old, new)
+    refuse_routers(old, new)
     if "rounding/loss" not in old.arrays or "prediction/loss" not in new.arrays:
         raise NotApplicable(
             "a record has no losses, or the baseline does not say what rounding does to it"

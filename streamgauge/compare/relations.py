@@ -71,12 +71,13 @@ def relation(old: np.ndarray, new: np.ndarray, d_head: int = 0) -> Relation:
     Both as their files hold them, so that what a dtype rounds is told from what is not rounding.
     d_head: how many rows, or columns, are one head, where they are.
     """
-    if old.dtype == new.dtype and np.array_equal(old, new):
+    old, new = np.atleast_1d(old), np.atleast_1d(new)
+    if old.dtype == new.dtype and (np.array_equal(old, new) or old.tobytes() == new.tobytes()):
         return Relation("same", "unchanged", 0.0)
     if _is_cast(old, new):
         return Relation("rounded to a dtype", f"the same as {new.dtype}", _moments(old, new).size)
-    if not np.isfinite(new).all() and np.isfinite(old).all():
-        return _not_finite(new)
+    if not np.isfinite(new).all() or not np.isfinite(old).all():
+        return _not_finite(old, new)
     moments = _moments(old, new)
     base = Relation("moved", _moved(moments), moments.size, moments.cosine)
     if not moments.old or not moments.new:
@@ -121,12 +122,20 @@ Told = dict[str, Any] | None  # of `Relation`: what a relation says, None where 
 
 def _is_cast(old: np.ndarray, new: np.ndarray) -> bool:
     """Whether one is the other rounded to its dtype."""
-    if old.dtype == new.dtype:
+    if old.dtype == new.dtype or not (_is_float(old) and _is_float(new)):
+        return False
+    # What overflowed, or fell to zero altogether, is another tensor.
+    if np.isfinite(old).all() != np.isfinite(new).all() or old.any() != new.any():
         return False
     with np.errstate(over="ignore"):
         return bool(
             np.array_equal(old.astype(new.dtype), new) or np.array_equal(new.astype(old.dtype), old)
         )
+
+
+def _is_float(array: np.ndarray) -> bool:
+    """Whether it holds floats; those of ml_dtypes are of numpy's kind V."""
+    return array.dtype.kind in "fV"
 
 
 def _moments(old: np.ndarray, new: np.ndarray) -> _Moments:
@@ -144,11 +153,14 @@ def _moved(moments: _Moments) -> str:
     return f"moved by {moments.size:.3g} times its norm, cosine {moments.cosine:.3f}"
 
 
-def _not_finite(new: np.ndarray) -> Relation:
+def _not_finite(old: np.ndarray, new: np.ndarray) -> Relation:
     places = np.argwhere(~np.isfinite(new))
-    says = (
-        f"{len(places):,} of {new.size:,} numbers are NaN or Inf, the first at {_place(places[0])}"
-    )
+    if not len(places):
+        return Relation("not finite", "held NaN or Inf, and is finite now", float("nan"), 0.0)
+    said = f"the first at {_place(places[0])}"
+    says = f"{len(places):,} of {new.size:,} numbers are NaN or Inf, {said}"
+    if not np.isfinite(old).all():
+        says += "; the baseline has some too"
     return Relation("not finite", says, float("nan"), float("nan"))
 
 
@@ -207,12 +219,20 @@ def _range(old: np.ndarray, new: np.ndarray, first: int, last: int) -> Told:
     if (own == own[0]).all():
         return {"kind": "range", "says": f"{where} are all {float(own[0]):.4g}"}
     flat = old.reshape(-1)
-    sample = own[: min(8, len(own))]
-    for at in np.flatnonzero(flat[: flat.size - numbers + 1] == sample[0]):
+    for at in _places(flat, own):
         if np.array_equal(flat[at : at + numbers], own):
             other = _place(np.array(np.unravel_index(int(at), old.shape)))
             return {"kind": "range", "says": f"{where} hold what those from {other} on held"}
     return None
+
+
+def _places(flat: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Where numbers may stand in a tensor: where some of them do, the first thousand places."""
+    room = flat.size - len(own) + 1
+    places = np.arange(room)
+    for offset in np.unique(np.linspace(0, len(own) - 1, 16).astype(int)):
+        places = places[flat[places + offset] == own[offset]]
+    return places[:1000]
 
 
 def _rest(old: np.ndarray, first: int, last: int) -> Told:
@@ -232,7 +252,7 @@ def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
         return None
     where = f"{len(rows):,} of {len(one):,} {word}s differ ({_numbers(rows)})"
     order = _permutation(one[rows], other[rows])
-    if order is not None:
+    if order is not None and _is_order(order):
         whole = np.arange(len(one))
         whole[rows] = rows[order]
         return {"kind": "order", "says": _say_order(whole, word)}
@@ -271,6 +291,19 @@ def _bits(left: float) -> int:
     return max(0, round(float(-np.log2(left * np.sqrt(12) * 1.5))))
 
 
+def _dead_lines(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Rows or columns that are zero and were not, whatever happened to the others."""
+    if old.ndim != 2:
+        return None
+    for axis, word in ((1, "row"), (0, "column")):
+        dead = np.flatnonzero(~new.any(axis) & old.any(axis))
+        if len(dead):
+            count = new.shape[1 - axis]
+            says = f"{len(dead):,} of {count:,} {word}s differ ({_numbers(dead)}): all zero, and"
+            return {"kind": "rows", "says": f"{says} the others {_moved(moments)}"}
+    return None
+
+
 def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """Rounded to few levels: within blocks of 32 the error is as uniform as rounding makes it, of
     its own size or relative to each number's power of two.
@@ -286,7 +319,7 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     sizes = np.log2(np.maximum(np.abs(a), np.sqrt((a**2).mean()) / 256))
     # Numbers were scaled before they were rounded, and the powers of two with them.
     relative = (d / 2.0 ** np.floor(sizes + shift) for shift in np.arange(8) / 8)
-    if min(map(_kurtosis, (d, *relative))) > UNIFORM:
+    if not LEAST < min(map(_kurtosis, (d, *relative))) < UNIFORM:
         return None
     return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
 
@@ -294,6 +327,7 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
 # Of 32 uniform numbers the fourth moment over the squared second is 1.8 on average, of Gaussian
 # ones 2.8: the middle tells them apart by many blocks.
 UNIFORM = 2.3
+LEAST = 1.5  # a step of one size for all numbers, as Adam's first, has 1
 
 
 def _kurtosis(blocks: np.ndarray) -> float:
@@ -325,11 +359,11 @@ def _order(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         return None  # no order changes a norm
     word = {1: "number", 2: "row"}.get(old.ndim, "expert")
     rows = _permutation(old.reshape(len(old), -1), new.reshape(len(new), -1))
-    if rows is not None:
+    if rows is not None and _is_order(rows):
         return {"kind": "order", "says": _say_order(rows, word)}
     if old.ndim == 2:
         columns = _permutation(old.T, new.T)
-        if columns is not None:
+        if columns is not None and _is_order(columns):
             return {"kind": "order", "says": _say_order(columns, "column")}
     return None
 
@@ -339,6 +373,9 @@ def _permutation(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
     if old.dtype != new.dtype:
         coarser = max((old.dtype, new.dtype), key=lambda d: UNITS.get(str(d), EIGHT_BITS))
         old, new = old.astype(coarser), new.astype(coarser)
+    for row in new[:: max(1, len(new) // 4)]:  # most are none, and some rows tell
+        if not any(np.array_equal(old[n], row) for n in np.flatnonzero(old[:, 0] == row[0])[:64]):
+            return None
     places: dict[int, list[int]] = {}
     for n, row in enumerate(old):
         places.setdefault(hash(row.tobytes()), []).append(n)
@@ -349,6 +386,11 @@ def _permutation(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
             return None
         found.append(own.pop(0) if len(own) > 1 else own[0])
     return np.array(found)
+
+
+def _is_order(found: np.ndarray) -> bool:
+    """Whether each row is there once; rows that are alike are told apart by their order."""
+    return len(np.unique(found)) == len(found)
 
 
 def _say_order(order: np.ndarray, word: str) -> str:
@@ -406,7 +448,8 @@ def _centred(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         for start, (one, other) in _parts(a, b):
             own = mean[start : start + len(one)] if axis else mean
             left += float(((other - (one - own)) ** 2).sum())
-        if np.sqrt(left / moments.new) < 3 * unit(old, new):
+        left = float(np.sqrt(left / moments.new))
+        if left < 3 * unit(old, new) and left < moments.size / 5:
             return {"kind": "centred", "says": f"each {word} less its mean"}
     return None
 
@@ -424,7 +467,8 @@ def _scaled(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         times = both / np.maximum(own, 1e-300)
         # ‖b - c a‖² = ‖b‖² - c a·b, row by row or column by column.
         left = float(np.sqrt(max(0.0, 1 - (times * both).sum() / moments.new)))
-        exact = left < 3 * unit(old, new) + 1e-7
+        # Any small move is small: factors must explain it.
+        exact = left < 3 * unit(old, new) + 1e-7 and left < moments.size / 5
         # Factors that explain most of a difference, and leave what rounding leaves.
         if exact or left < min(FEW, moments.size / 5):
             says = f"each {word} × a factor of its own, {times.min():.3g} to {times.max():.3g}"
@@ -443,14 +487,16 @@ def _parts(old: np.ndarray, new: np.ndarray) -> Iterator[tuple[int, tuple[np.nda
 
 def _rotated(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """Rows that keep their lengths and angles, or columns that do."""
-    if old.ndim != 2 or moments.cosine > 0.99:
+    if old.ndim != 2 or moments.cosine > 0.99 or not (_is_float(old) and _is_float(new)):
         return None
     for a, b, word in ((old, new, "rows"), (old.T, new.T, "columns")):
         probes = _probes(len(a))
         one, other = (x[probes].astype(np.float64) for x in (a, b))
         grams = one @ one.T, other @ other.T
         off = float(np.linalg.norm(grams[1] - grams[0]) / np.linalg.norm(grams[0]))
-        if off < 6 * unit(old, new) and a.shape[1] > 1:
+        # Strangers' angles differ by the root of two over the width.
+        strangers = np.sqrt(2 * len(probes) / a.shape[1])
+        if off < min(6 * unit(old, new), strangers / 10) and a.shape[1] > 1:
             return {"kind": "rotated", "says": f"rotated: {word} keep their lengths and angles"}
     return None
 
@@ -469,6 +515,7 @@ _TOLD = (
     _order,
     _turned,
     _centred,
+    _dead_lines,
     _scaled,
     _few_bits,
     _rotated,

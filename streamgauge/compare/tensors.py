@@ -117,6 +117,8 @@ def _resized(before: np.ndarray, after: np.ndarray) -> Relation:
 
 def _sample(values: np.ndarray) -> np.ndarray:
     flat = values.reshape(-1)
+    if not flat.size:
+        return np.zeros(SAMPLES)
     places = np.linspace(0, flat.size - 1, SAMPLES).astype(int)
     return np.asarray(flat[places], np.float64)
 

@@ -10,6 +10,8 @@ LISTED = 3  # tokens that are named
 ENCODING = {
     "model": "kind of tokenizer",
     "merges": "merges",
+    "scores": "scores of tokens",
+    "added": "way to match added tokens",
     "normalizer": "normaliser",
     "pre_tokenizer": "pre-tokeniser",
     "post_processor": "post-processor",
@@ -102,15 +104,22 @@ def _special(old: Described, new: Described) -> list[TokenizerDifference]:
         one, other = old["special"].get(name), new["special"].get(name)
         if one != other:
             found.append(f"{name} {one!r} in the baseline, now {other!r}")
-    for name in sorted(set(old["ids"]) | set(new["ids"])):
+    for name in sorted(set(old["ids"]) & set(new["ids"])):
         one, other = old["ids"].get(name), new["ids"].get(name)
         if one != other:
             found.append(f"{name} {one} in the baseline, now {other}")
-    lost = sorted(set(old["marked"]) - set(new["marked"]))
-    if lost:
-        named = ", ".join(map(repr, lost[:LISTED]))
-        count = _count(lost, "special token is none", "special tokens are none")
-        found.append(f"{count} any more: {named}{_more(lost)}")
+    for one, other, single, many in (
+        (old, new, "special token is none any more", "special tokens are none any more"),
+        (new, old, "token is special now", "tokens are special now"),
+    ):
+        lost = sorted(
+            token
+            for token in set(one["marked"]) - set(other["marked"])
+            if token in other["vocabulary"]
+        )
+        if lost:
+            named = ", ".join(map(repr, lost[:LISTED]))
+            found.append(f"{_count(lost, single, many)}: {named}{_more(lost)}")
     return [TokenizerDifference(says, encodes=True, is_role=True) for says in found]
 
 
