@@ -310,6 +310,26 @@ def test_a_small_step_of_training_in_bf16_has_no_other_name(
         assert verdict.kind == TRAINED
 
 
+@pytest.mark.parametrize("parts", [("W_Q",), ("W_Q", "W_V"), ("W_in", "W_gate", "W_out")])
+def test_an_adapter_that_was_merged_is_training(
+    parts: tuple[str, ...], baselines: Any, tmp_path: Path
+) -> None:
+    old = baselines("llama")
+    files = Files(old[0])
+    torch.manual_seed(4)
+    for layer in range(LAYERS):
+        files.layer = layer
+        for part in parts:
+            weight = files[part]
+            update = torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+            files[part] = weight + 0.05 * update * weight.norm() / update.norm()
+    verdict = verdict_on(old, files.write(tmp_path / "merged"))
+    assert verdict.kind == TRAINED and verdict.passes("trained"), verdict.says
+    files.layer = 2
+    files["W_O"] = files["W_O"].roll(8, 1)
+    assert not verdict_on(old, files.write(tmp_path / "damaged")).passes("trained")
+
+
 def _zeroed_norm(f: Files) -> None:
     f["final"] = torch.zeros_like(f["final"])
 

@@ -13,6 +13,7 @@ from streamgauge.compare.relations import Relation
 from streamgauge.compare.rounding import UNIT, weight_rounding
 from streamgauge.compare.tensors import Change
 from streamgauge.errors import NotApplicable, NotMeasured
+from streamgauge.numerics.names import LAYER
 from streamgauge.record import Record
 
 IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
@@ -280,11 +281,17 @@ def _quantised(
     if not moved or (not formats and rounded < BROAD * len(moved)):
         return "", ""
     limit = min(COARSE, OUTLIER * float(np.median([c.relation.size for c in moved])))
+
+    def odd(change: Change) -> bool:
+        """Whether a matrix moved as no rounding moves it, where no format says that it may."""
+        told = change.relation
+        return not formats and told.kind == "moved" and told.size > 0.3 * limit
+
     more = [
         c
         for c in changes
         if not c.relation.is_same
-        and (c.relation.kind not in ROUNDED or not c.relation.size <= limit)
+        and (c.relation.kind not in ROUNDED or not c.relation.size <= limit or odd(c))
     ]
     of = f" ({formats})" if formats else ""
     if more:
@@ -301,6 +308,11 @@ def _quantised(
     )
 
 
+def _role(change: Change) -> str:
+    """A tensor's name without its layer."""
+    return LAYER.sub(".N.", f".{change.name}", count=1)
+
+
 def _trained(
     old: Record, new: Record, changes: list[Change], found: list[Finding]
 ) -> tuple[str, str]:
@@ -310,7 +322,13 @@ def _trained(
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
     plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
-    if not moved or len(moved) < BROAD * len(matrices) or len(plain) < BROAD * len(moved):
+    # Training may be of some kinds of matrices alone, as adapters' mostly is, but of these in the
+    # whole depth.
+    roles = {_role(c) for c in moved}
+    trained = [c for c in matrices if _role(c) in roles]
+    if not moved or len(moved) < BROAD * len(trained) or len(plain) < BROAD * len(moved):
+        return "", ""
+    if not any(c.layer is not None for c in plain):
         return "", ""
     cosine = float(np.mean([c.relation.cosine for c in plain]))
     if cosine < ALIKE:

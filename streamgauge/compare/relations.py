@@ -262,6 +262,8 @@ def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
         return {"kind": "order", "says": says}
     inner = relation(one[rows], other[rows])
     says = inner.says if inner.kind != "numbers" else "in single numbers"
+    if inner.kind == "rows":  # whose numbers would be those of another count
+        says = f"moved by {inner.size:.3g} times their norm"
     return {"kind": "rows", "says": f"{where}: {says}"}
 
 
