@@ -178,12 +178,13 @@ def search(
     ]
     known = next((ids for ids in [*given, long] if ids and parting(pair, ids)), None)
     drawn = token_sequences(pair.vocabulary, pair.context, pair.odd_tokens(), texts, draws)
-    left = draws + SHRINKS
+    seen: dict[tuple[int, ...], bool] = {}
 
     def part(ids: tuple[int, ...]) -> bool:
-        nonlocal left
-        left -= 1
-        return left >= 0 and parting(pair, ids) is not None
+        # What was seen is said again, or hypothesis would take the last of the budget for chance.
+        if ids not in seen:
+            seen[ids] = len(seen) < draws + SHRINKS and parting(pair, ids) is not None
+        return seen[ids]
 
     found = smallest(drawn.map(lambda draw: draw.ids), part, draws)
     return None if found is None and known is None else _shorter(pair, found or known or ())

@@ -90,6 +90,15 @@ def test_a_damaged_row_ends_in_its_token(tmp_path: Path) -> None:
     assert str(found).startswith("the two part on the single token 417, from the embedding on (")
 
 
+def test_a_search_that_has_spent_its_budget_says_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamgauge.apart.SHRINKS", 3)
+    old = saved(llama(), tmp_path / "old")
+    found = found_in(old, saved(llama(rms_norm_eps=0.1), tmp_path / "new"), 4)
+    assert found.ratio > 1
+
+
 def test_late_positions_end_in_the_first_of_them(tmp_path: Path) -> None:
     config = tf.GPT2Config(**GPT2)
     old = saved(config, tmp_path / "old")
