@@ -113,6 +113,11 @@ def _backwards(values: np.ndarray) -> np.ndarray:
     return values[::-1].copy()
 
 
+def _one_larger(sketches: np.ndarray) -> np.ndarray:
+    sketches[3] *= 1.1
+    return sketches
+
+
 def _one_less(losses: np.ndarray) -> np.ndarray:
     losses[10] = -0.01
     return losses
@@ -736,12 +741,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
     (
         "regression/weights",
         "scaled",
-        _of(
-            "any",
-            "sketch/parameters",
-            lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x),
-            16,
-        ),
+        _of("any", "sketch/parameters", _one_larger, 16),
         "layer 3: layer 3",
     ),
     (
@@ -789,12 +789,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
     (
         "regression/verdict",
         "scaled",
-        _of(
-            "any",
-            "sketch/parameters",
-            lambda x: np.where(np.arange(16)[:, None] == 3, 1.1 * x, x),
-            16,
-        ),
+        _of("any", "sketch/parameters", _one_larger, 16),
         "verdicts other than identical, same weights | other weights: layer 3 mlp h.3.mlp.c_fc",
     ),
     (
