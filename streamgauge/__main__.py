@@ -340,6 +340,8 @@ def _bounds(text: str) -> dict[str, float]:
         name, _, bound = entry.partition("=")
         try:
             found[name.strip()] = float(bound)
+            if not found[name.strip()] >= 0:
+                raise ValueError(bound)
         except ValueError:
             raise SettingsError(f"--within {entry!r} is no bound as kl=0.05.") from None
         if name.strip() not in BOUNDS:

@@ -185,7 +185,9 @@ def _with_others(record: Record, stored: Record | None) -> Record:
     """A record with the groups that a stored one of the same checkpoint and prompts has besides;
     not with those of an older instrument, whose numbers may be others.
     """
-    if stored is None or stored.metadata.get("prompts_sha256") != record.metadata["prompts_sha256"]:
+    if stored is None or stored.metadata.get("prompts_sha256") != record.metadata.get(
+        "prompts_sha256"
+    ):
         return record
     others = {
         name: version

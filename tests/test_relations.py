@@ -114,7 +114,7 @@ TOLD: dict[str, tuple[np.ndarray, Change, str, str]] = {
         A,
         lambda a: to_blocks(a, 127) * np.linspace(0.5, 2, 96, dtype=np.float32)[:, None],
         "rows scaled",
-        "rounded to about",
+        "of it left over",
     ),
     "centred": (A, lambda a: a - a.mean(1, keepdims=True), "centred", "each row less its mean"),
     "a row": (A, changed(5, 0), "rows", "1 of 96 rows differ (5): all zero"),

@@ -192,7 +192,8 @@ def _judge(
             return OTHER_TOKENIZER, f"the same weights, and another tokenizer: {_some(tokenizers)}"
         return _same_weights(old, new, changes)
     shapes = _shape(old), _shape(new)
-    if shapes[0] != shapes[1] and all(one.kind in ("missing", "new") for one in found):
+    left = any(change.relation.is_same and change.is_matrix for change in changes)
+    if shapes[0] != shapes[1] and left and all(o.kind in ("missing", "new") for o in found):
         says = _some([one.says for one in found])
         return DAMAGED, f"damaged: {shapes[0]} in the baseline, now {shapes[1]}: {says}"
     if shapes[0] != shapes[1]:

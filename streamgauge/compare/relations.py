@@ -280,7 +280,11 @@ def _factor(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     left = float(np.sqrt(max(rest, 0.0) / moments.new))
     if left > FEW or abs(times - 1) < 3 * left or abs(times - 1) < unit(old, new):
         return None
-    rounded = f", rounded to about {_bits(left)} bits" if left > 2 * unit(old, new) else ""
+    rounded = ""
+    if left > 2 * unit(old, new):
+        rounded = f", {left:.2g} of it left over"
+        if _looks_rounded(times * old.astype(np.float32), new):
+            rounded = f", rounded to about {_bits(left)} bits"
     sign = "sign turned" if times < 0 else ""
     says = ", ".join(word for word in (sign, f"×{times:.4g}" if times != -1 else "") if word)
     return {"kind": "sign" if times < 0 else "factor", "says": says + rounded, "factor": times}
@@ -301,17 +305,24 @@ def _dead_lines(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         dead = np.flatnonzero(~new.any(axis) & old.any(axis))
         if len(dead):
             count = new.shape[1 - axis]
-            says = f"{len(dead):,} of {count:,} {word}s differ ({_numbers(dead)}): all zero, and"
-            return {"kind": "rows", "says": f"{says} the others {_moved(moments)}"}
+            says = f"{len(dead):,} of {count:,} {word}s differ ({_numbers(dead)}): all zero"
+            return {"kind": "rows", "says": f"{says}, and others moved as well"}
     return None
 
 
 def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
-    """Rounded to few levels: within blocks of 32 the error is as uniform as rounding makes it, of
-    its own size or relative to each number's power of two.
-    """
-    if moments.size > FEW * 3 or old.ndim < 2 or old.shape[-1] < 32:
+    """Rounded to few levels."""
+    if moments.size > FEW * 3 or not _looks_rounded(old, new):
         return None
+    return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
+
+
+def _looks_rounded(old: np.ndarray, new: np.ndarray) -> bool:
+    """Whether within blocks of 32 the error is as uniform as rounding makes it, of its own size or
+    relative to each number's power of two.
+    """
+    if old.ndim < 2 or old.shape[-1] < 32:
+        return False
     rows = old.reshape(-1, old.shape[-1]), new.reshape(-1, new.shape[-1])
     # A few thousand blocks tell the two apart.
     some = np.unique(np.linspace(0, len(rows[0]) - 1, max(1, SAMPLE // old.shape[-1])).astype(int))
@@ -321,9 +332,7 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     sizes = np.log2(np.maximum(np.abs(a), np.sqrt((a**2).mean()) / 256))
     # Numbers were scaled before they were rounded, and the powers of two with them.
     relative = (d / 2.0 ** np.floor(sizes + shift) for shift in np.arange(8) / 8)
-    if not LEAST < min(map(_kurtosis, (d, *relative))) < UNIFORM:
-        return None
-    return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
+    return bool(LEAST < min(map(_kurtosis, (d, *relative))) < UNIFORM)
 
 
 # Of 32 uniform numbers the fourth moment over the squared second is 1.8 on average, of Gaussian
@@ -474,7 +483,7 @@ def _scaled(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         # Factors that explain most of a difference, and leave what rounding leaves.
         if exact or left < min(FEW, moments.size / 5):
             says = f"each {word} × a factor of its own, {times.min():.3g} to {times.max():.3g}"
-            says += "" if exact else f", rounded to about {_bits(left)} bits"
+            says += "" if exact else f", {left:.2g} of it left over"
             return {"kind": f"{word}s scaled", "says": says}
     return None
 

@@ -53,7 +53,13 @@ def compare_tokenizers(old: Described | None, new: Described | None) -> list[Tok
             if old[name] != new[name]:
                 says = f"another {word}{_where(old, new, name)}"
                 found.append(
-                    TokenizerDifference(says, encodes, is_part=encodes, is_role=not encodes)
+                    # Merges and scores that differ encode something otherwise, tried or not.
+                    TokenizerDifference(
+                        says,
+                        encodes,
+                        is_part=encodes and name not in ("merges", "scores"),
+                        is_role=not encodes,
+                    )
                 )
     return found
 
