@@ -293,7 +293,10 @@ def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
     if None not in described and any(one.encodes for one in found):
         apart = text_apart(old.folder, new.folder)
         if apart is None:
-            found = [replace(one, encodes=one.encodes and not one.is_part) for one in found]
+            found = [
+                replace(one, encodes=one.encodes and (one.is_certain or not one.is_part))
+                for one in found
+            ]
         else:
             found.append(TokenizerDifference(f"the text {apart!r} has other tokens", encodes=True))
     return found

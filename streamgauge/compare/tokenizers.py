@@ -27,13 +27,15 @@ class TokenizerDifference:
     """One thing that differs: what, in words; whether texts may be encoded otherwise for it.
 
     is_part: of a step of encoding, which texts may never take; is_role: of a special token's, or
-    what stands beside encoding.
+    what stands beside encoding; is_certain: encodes some text otherwise, whether it was tried or
+    not.
     """
 
     says: str
     encodes: bool
     is_part: bool = False
     is_role: bool = False
+    is_certain: bool = False
 
 
 def compare_tokenizers(old: Described | None, new: Described | None) -> list[TokenizerDifference]:
@@ -53,12 +55,12 @@ def compare_tokenizers(old: Described | None, new: Described | None) -> list[Tok
             if old[name] != new[name]:
                 says = f"another {word}{_where(old, new, name)}"
                 found.append(
-                    # Merges and scores that differ encode something otherwise, tried or not.
                     TokenizerDifference(
                         says,
                         encodes,
-                        is_part=encodes and name not in ("merges", "scores"),
+                        is_part=encodes,
                         is_role=not encodes,
+                        is_certain=name in ("merges", "scores"),
                     )
                 )
     return found
