@@ -337,16 +337,16 @@ def _bounds(text: str) -> dict[str, float]:
 
     found = {}
     for entry in filter(None, text.split(",")):
-        name, _, bound = entry.partition("=")
+        name, _, bound = (word.strip() for word in entry.partition("="))
         try:
-            found[name.strip()] = float(bound)
-            if not found[name.strip()] >= 0:
-                raise ValueError(bound)
+            found[name] = float(bound)
         except ValueError:
-            raise SettingsError(f"--within {entry!r} is no bound as kl=0.05.") from None
-        if name.strip() not in BOUNDS:
-            near = difflib.get_close_matches(name.strip(), BOUNDS, n=1, cutoff=0)[0]
-            raise SettingsError(f"--within has no {name.strip()!r}; the nearest is {near}.")
+            found[name] = float("nan")
+        if not found[name] >= 0:
+            raise SettingsError(f"--within {entry!r} is no bound as kl=0.05.")
+        if name not in BOUNDS:
+            near = difflib.get_close_matches(name, BOUNDS, n=1, cutoff=0)[0]
+            raise SettingsError(f"--within has no {name!r}; the nearest is {near}.")
     return found
 
 

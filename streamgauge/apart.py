@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamgauge.checkpoints.files import Checkpoint, tensor_reader
+from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.compare.rounding import FP32
 from streamgauge.engine.blockwise import Batch, Blockwise
 from streamgauge.engine.clean_runs import token_losses
 from streamgauge.engine.layout import probe_layout
 from streamgauge.engine.load import context_length, load_model
 from streamgauge.errors import PromptError
-from streamgauge.groups.rounding import NOISE, Noise
+from streamgauge.groups.rounding import NOISE, Noise, log_norms
 from streamgauge.strategies import smallest, token_sequences
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ class Pair:
     def __init__(self, old: Checkpoint, new: Checkpoint, unit: float, device: str = "cpu") -> None:
         self.old, self.new = (Blockwise(load_model(c, device).mapped) for c in (old, new))
         self.layouts = [probe_layout(model) for model in (self.old, self.new)]
-        self.checkpoints = old, new
         arithmetic = np.sqrt(self.layouts[0].d_model) * FP32
         self.size = float(np.hypot(unit, arithmetic))  # of what rounding does to a weight
         self.vocabulary = min(self.old.vocabulary, self.new.vocabulary)
@@ -92,9 +91,8 @@ class Pair:
 
         model, layout = (self.old, self.new)[side], self.layouts[side]
 
-        def log_norms(x: "torch.Tensor") -> np.ndarray:
-            norms = torch.linalg.vector_norm(layout.centre(x).double(), dim=-1)
-            return np.asarray(norms[0].clamp_min(1e-300).log().cpu().numpy())
+        def read(x: "torch.Tensor") -> np.ndarray:
+            return np.asarray(log_norms(layout, x).cpu().numpy())
 
         with torch.no_grad():
             batches: list[Batch] = []
@@ -102,13 +100,13 @@ class Pair:
                 for noise in noises:
                     use(noise)
                     batches.append(model.enter([list(tokens)]))
-            found = [[log_norms(batch.stream)] for batch in batches]
+            found = [[read(batch.stream)] for batch in batches]
             for layer in range(model.n_layers):
                 path = model.paths[layer]
                 with model.held(layer), model.mapped.changes(path) as use:
                     for batch, noise, own in zip(batches, noises, found, strict=True):
                         use(noise)
-                        own.append(log_norms(model.step(batch, layer)))
+                        own.append(read(model.step(batch, layer)))
             with model.mapped.changes() as use:
                 for batch, noise, own in zip(batches, noises, found, strict=True):
                     use(noise)
@@ -116,24 +114,13 @@ class Pair:
         return found
 
     def odd_tokens(self) -> list[int]:
-        """Tokens whose rows of the embedding differ, by the files; none where they cannot be read
-        side by side, or where most do.
-        """
-        model = self.old.mapped.model
-        embedding = model.get_input_embeddings()
-        name = next(f"{n}.weight" for n, m in model.named_modules() if m is embedding)
-        tables = []
-        for checkpoint in self.checkpoints:
-            read = tensor_reader(checkpoint)
-            try:
-                tables.append(read(name))
-            except KeyError:
-                return []
+        """Tokens whose rows of the embedding differ; none where most do, or widths do."""
+        tables = [model.mapped.stored[model.mapped.embedding] for model in (self.old, self.new)]
         if tables[0].shape[1:] != tables[1].shape[1:]:
             return []
         rows = min(map(len, tables))
-        differ = np.flatnonzero((tables[0][:rows] != tables[1][:rows]).any(1))
-        return differ[:ODD_ROWS].tolist() if len(differ) <= rows // 2 else []
+        differ = (tables[0][:rows] != tables[1][:rows]).any(1).nonzero()[:, 0].tolist()
+        return differ[:ODD_ROWS] if len(differ) <= rows // 2 else []
 
 
 def _apart(one: list[np.ndarray], other: list[np.ndarray]) -> np.ndarray:

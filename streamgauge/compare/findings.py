@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamgauge.compare.tensors import Change
-from streamgauge.numerics.names import LAYER
+from streamgauge.numerics.names import layer_of, role_of
 
 NAMED = 2  # tensors that a finding names with what became of them
 LISTED = 3  # and without
@@ -127,12 +127,7 @@ def _layer_held(change: Change) -> int | None:
     if change.relation.kind != "held":
         return None
     other = _held_by(change)
-    match = LAYER.search(f".{other}")
-    if match is None or LAYER.sub(".N.", f".{other}", count=1) != LAYER.sub(
-        ".N.", f".{change.name}", count=1
-    ):
-        return None
-    return int(match.group(1))
+    return layer_of(other) if role_of(other) == role_of(change.name) else None
 
 
 def _say(own: list[Change], sizes: dict[int, int]) -> str:
@@ -160,7 +155,7 @@ def _where(own: list[Change], sizes: dict[int, int]) -> str:
     """Some tensors in words: all of a layer, one name in many layers, or how many they are."""
     layers = sorted({c.layer for c in own if c.layer is not None})
     outside = sum(c.layer is None for c in own)
-    roles = {LAYER.sub(".N.", f".{c.name}", count=1)[1:] for c in own}
+    roles = {role_of(c.name) for c in own}
     if len(layers) == 1 and not outside and len(own) <= LISTED:
         return f"layer {layers[0]}, {' and '.join(role.split('.N.')[-1] for role in sorted(roles))}"
     if len(layers) == 1 and not outside:

@@ -13,7 +13,7 @@ from streamgauge.compare.relations import Relation
 from streamgauge.compare.rounding import UNIT, weight_rounding
 from streamgauge.compare.tensors import Change
 from streamgauge.errors import NotApplicable, NotMeasured
-from streamgauge.numerics.names import LAYER
+from streamgauge.numerics.names import role_of
 from streamgauge.record import Record
 
 IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
@@ -28,7 +28,8 @@ ACCEPTED: dict[str | None, tuple[str, ...]] = {
     "trained": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, TRAINED),
     "quantised": (IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION, QUANTISED),
 }
-KINDS = ("weights", "norms", "activations", "predictions")  # that training and rounding move
+# Kinds of quantities that training and rounding to few bits move.
+MOVED = ("weights", "norms", "activations", "predictions")
 NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
@@ -111,7 +112,7 @@ def judge(
 
 def refuse_where_free(same: str | None, kind: str) -> None:
     """Raise NotApplicable where --same lets a kind of quantity differ, and the verdict judges."""
-    free = ("weights", "norms") if same == "function" else KINDS
+    free = ("weights", "norms") if same == "function" else MOVED
     if same is not None and kind in free:
         raise NotApplicable(f"--same {same} lets {kind} differ; regression/verdict judges them")
 
@@ -190,7 +191,7 @@ def _judge(
             return OTHER_SETTINGS, f"the same weights, and another config.json: {_some(settings)}"
         if tokenizers:
             return OTHER_TOKENIZER, f"the same weights, and another tokenizer: {_some(tokenizers)}"
-        return _same_weights(old, new, changes)
+        return _same_weights(old, new)
     shapes = _shape(old), _shape(new)
     left = any(change.relation.is_same and change.is_matrix for change in changes)
     if shapes[0] != shapes[1] and left and all(o.kind in ("missing", "new") for o in found):
@@ -199,13 +200,13 @@ def _judge(
     if shapes[0] != shapes[1]:
         return OTHER_MODEL, f"another model: {shapes[0]} in the baseline, now {shapes[1]}"
     more = f"; besides, {_some(beside)}" if beside else ""
-    kind, says = _quantised(old, new, changes, found)
+    kind, says = _quantised(old, new, changes)
     if kind:
         return kind, says + more
     if not beside and _is_rewritten(old, new, found, agrees):
         how = _how(found)
         return SAME_FUNCTION, f"the same function in other weights{f': {how}' if how else ''}"
-    kind, says = _trained(old, new, changes, found)
+    kind, says = _trained(changes)
     if kind:
         return kind, says + more
     return DAMAGED, f"damaged: {_some([one.says for one in found])}{more}"
@@ -225,7 +226,7 @@ def _shape(record: Record) -> str:
     return f"{record.n_layers} layers of width {record.metadata['d_model']}"
 
 
-def _same_weights(old: Record, new: Record, changes: list[Change]) -> tuple[str, str]:
+def _same_weights(old: Record, new: Record) -> tuple[str, str]:
     dtypes = old.metadata["stored_dtype"], new.metadata["stored_dtype"]
     if dtypes[0] != dtypes[1]:
         return SAME_WEIGHTS, f"the same weights, stored as {dtypes[1]} where it was {dtypes[0]}"
@@ -266,9 +267,7 @@ def _how(found: list[Finding]) -> str:
     return ", ".join(said)
 
 
-def _quantised(
-    old: Record, new: Record, changes: list[Change], found: list[Finding]
-) -> tuple[str, str]:
+def _quantised(old: Record, new: Record, changes: list[Change]) -> tuple[str, str]:
     """Rounding to few bits: matrices are a little off, none by far more than the others.
 
     Where one of the two says that it is of such a format, or most matrices look it; what is not so
@@ -309,14 +308,7 @@ def _quantised(
     )
 
 
-def _role(change: Change) -> str:
-    """A tensor's name without its layer."""
-    return LAYER.sub(".N.", f".{change.name}", count=1)
-
-
-def _trained(
-    old: Record, new: Record, changes: list[Change], found: list[Finding]
-) -> tuple[str, str]:
+def _trained(changes: list[Change]) -> tuple[str, str]:
     """Another state of training: most matrices moved, none in a way that has a name, and they still
     have something in common.
     """
@@ -325,8 +317,8 @@ def _trained(
     plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
     # Training may be of some kinds of matrices alone, as adapters' mostly is, but of these in the
     # whole depth.
-    roles = {_role(c) for c in moved}
-    trained = [c for c in matrices if _role(c) in roles]
+    roles = {role_of(c.name) for c in moved}
+    trained = [c for c in matrices if role_of(c.name) in roles]
     if not moved or len(moved) < BROAD * len(trained) or len(plain) < BROAD * len(moved):
         return "", ""
     if not any(c.layer is not None for c in plain):

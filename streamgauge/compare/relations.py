@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from streamgauge.compare.rounding import UNIT
+
 CHUNK = 2**20  # numbers that are taken to fp64 at once
 FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
 MOST = 0.9  # of a tensor's numbers may lie in a range of it that differs
 SAMPLE = 2**16  # numbers by whose errors rounding is told
 PROBES = 64  # rows whose angles tell a rotation
 LISTED = 3  # rows, blocks or numbers that are named
-UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
-EIGHT_BITS = 2.0**-4
+# As numpy calls what safetensors calls otherwise.
+UNITS = {
+    "float64": UNIT["F64"],
+    "float32": UNIT["F32"],
+    "float16": UNIT["F16"],
+    "bfloat16": UNIT["BF16"],
+}
+EIGHT_BITS = UNIT["F8_E4M3"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,6 @@ class _Moments:
     new: float
     both: float
     moved: float
-    total_old: float
     total_moved: float
     count: int
 
@@ -72,12 +79,15 @@ def relation(old: np.ndarray, new: np.ndarray, d_head: int = 0) -> Relation:
     d_head: how many rows, or columns, are one head, where they are.
     """
     old, new = np.atleast_1d(old), np.atleast_1d(new)
-    if old.dtype == new.dtype and (np.array_equal(old, new) or old.tobytes() == new.tobytes()):
-        return Relation("same", "unchanged", 0.0)
+    same = Relation("same", "unchanged", 0.0)
+    if old.dtype == new.dtype and np.array_equal(old, new):
+        return same
     if _is_cast(old, new):
         return Relation("rounded to a dtype", f"the same as {new.dtype}", _moments(old, new).size)
     if not np.isfinite(new).all() or not np.isfinite(old).all():
-        return _not_finite(old, new)
+        # NaN equals nothing, itself included.
+        is_same = old.dtype == new.dtype and old.tobytes() == new.tobytes()
+        return same if is_same else _not_finite(old, new)
     moments = _moments(old, new)
     base = Relation("moved", _moved(moments), moments.size, moments.cosine)
     if not moments.old or not moments.new:
@@ -139,14 +149,14 @@ def _is_float(array: np.ndarray) -> bool:
 
 
 def _moments(old: np.ndarray, new: np.ndarray) -> _Moments:
-    sums = np.zeros(6)  # in the order of the fields
+    sums = np.zeros(5)  # in the order of the fields
     before, after = old.reshape(-1), new.reshape(-1)
     for start in range(0, before.size, CHUNK):
         a, b = (x[start : start + CHUNK].astype(np.float64) for x in (before, after))
         d = b - a
-        sums += [a @ a, b @ b, a @ b, d @ d, a.sum(), d.sum()]
-    one, other, both, moved, total_old, total_moved = map(float, sums)
-    return _Moments(one, other, both, moved, total_old, total_moved, before.size)
+        sums += [a @ a, b @ b, a @ b, d @ d, d.sum()]
+    one, other, both, moved, total_moved = map(float, sums)
+    return _Moments(one, other, both, moved, total_moved, before.size)
 
 
 def _moved(moments: _Moments) -> str:
@@ -283,7 +293,7 @@ def _factor(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     rounded = ""
     if left > 2 * unit(old, new):
         rounded = f", {left:.2g} of it left over"
-        if _looks_rounded(times * old.astype(np.float32), new):
+        if _looks_rounded(old, new, times):
             rounded = f", rounded to about {_bits(left)} bits"
     sign = "sign turned" if times < 0 else ""
     says = ", ".join(word for word in (sign, f"×{times:.4g}" if times != -1 else "") if word)
@@ -317,9 +327,9 @@ def _few_bits(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     return {"kind": "few bits", "says": f"rounded, off by {moments.size:.3g} times its norm"}
 
 
-def _looks_rounded(old: np.ndarray, new: np.ndarray) -> bool:
-    """Whether within blocks of 32 the error is as uniform as rounding makes it, of its own size or
-    relative to each number's power of two.
+def _looks_rounded(old: np.ndarray, new: np.ndarray, times: float = 1.0) -> bool:
+    """Whether the new is so many times the old, and within blocks of 32 the error is as uniform as
+    rounding makes it, of its own size or relative to each number's power of two.
     """
     if old.ndim < 2 or old.shape[-1] < 32:
         return False
@@ -327,6 +337,7 @@ def _looks_rounded(old: np.ndarray, new: np.ndarray) -> bool:
     # A few thousand blocks tell the two apart.
     some = np.unique(np.linspace(0, len(rows[0]) - 1, max(1, SAMPLE // old.shape[-1])).astype(int))
     a, b = (x[some].astype(np.float64) for x in rows)
+    a *= times
     width = a.shape[1] // 32 * 32
     a, d = a[:, :width].reshape(-1, 32), (b - a)[:, :width].reshape(-1, 32)
     sizes = np.log2(np.maximum(np.abs(a), np.sqrt((a**2).mean()) / 256))

@@ -17,7 +17,6 @@ ENCODING = {
     "post_processor": "post-processor",
 }
 BESIDE = {"decoder": "decoder", "chat_template": "chat template"}
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 Described = Mapping[str, Any]
 
@@ -108,8 +107,8 @@ def _more(tokens: list[str]) -> str:
 def _special(old: Described, new: Described) -> list[TokenizerDifference]:
     """The special tokens by their roles, and ids that configurations give them."""
     found = []
-    for name in SPECIAL:
-        one, other = old["special"].get(name), new["special"].get(name)
+    for name in old["special"]:
+        one, other = old["special"][name], new["special"][name]
         if one != other:
             found.append(f"{name} {one!r} in the baseline, now {other!r}")
     for name in sorted(set(old["ids"]) & set(new["ids"])):

@@ -27,7 +27,6 @@ from streamgauge.numerics.names import BESIDE, LAYER, layer_of
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which old versions saved
 HEADS = ("lm_head.weight", "embed_out.weight")
 FURTHER = re.compile(r"nextn_predict_layers$|^mtp_num.*layers$|^num_mtp.*layers$")
-# What parts beside a language model are called.
 
 
 @dataclass(frozen=True)

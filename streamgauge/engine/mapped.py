@@ -143,6 +143,12 @@ class Mapped:
             for place in self._tables[model]:
                 self._empty(*place)
 
+    @property
+    def embedding(self) -> str:
+        """The name of the parameter that holds the tokens' rows."""
+        table = self.model.get_input_embeddings()
+        return next(f"{path}.weight" for path, m in self.model.named_modules() if m is table)
+
     def names_in(self, block: str) -> list[str]:
         """The names of a block's parameters, each once."""
         return list(dict.fromkeys(n for _, _, n in self._matrices[block] + self._small[block]))

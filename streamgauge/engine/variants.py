@@ -124,7 +124,7 @@ def _heads(config: Any) -> Iterator[dict[str, Any]]:
 def _tables(mapped: Mapped) -> Iterator[Variant]:
     model, stored = mapped.model, mapped.stored
     names = {id(module): path for path, module in model.named_modules()}
-    embedding = f"{names[id(model.get_input_embeddings())]}.weight"
+    embedding = mapped.embedding
     head = f"{names.get(id(model.get_output_embeddings()))}.weight"
     positions = [name for name in stored if POSITIONS.search(name)]
     for what, tables in (("position", positions), ("token", [embedding])):

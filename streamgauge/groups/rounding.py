@@ -69,7 +69,7 @@ class _Rounding:
             for streams, noise in zip(self.streams, self.noises, strict=True):
                 use(noise)
                 self.batches.append(model.enter(rows))
-                streams.append(self._log_norms(self.batches[-1].stream))
+                streams.append(log_norms(self.layout, self.batches[-1].stream))
 
     def visit(self, layer: int) -> None:
         """Take all batches through a block, each with its own weights."""
@@ -82,7 +82,7 @@ class _Rounding:
                     for kind in kinds
                 ]
                 use(noise)
-                streams.append(self._log_norms(self.model.step(batch, layer, hooks)))
+                streams.append(log_norms(self.layout, self.model.step(batch, layer, hooks)))
 
     def found(self) -> Found:
         """Arrays of the group."""
@@ -120,17 +120,15 @@ class _Rounding:
         return np.array([change.cpu().numpy() for change in changes])
 
     def _reader(self, outputs: "dict[tuple[str, int], torch.Tensor]", key: tuple[str, int]) -> Any:
-        return lambda x, hook: outputs.__setitem__(key, self._log_norms(x))
+        return lambda x, hook: outputs.__setitem__(key, log_norms(self.layout, x))
 
-    def _log_norms(self, x: "torch.Tensor") -> "torch.Tensor":
-        import torch
 
-        return (
-            torch.linalg.vector_norm(self.layout.centre(x).double(), dim=-1)
-            .flatten()
-            .clamp_min(1e-300)
-            .log()
-        )
+def log_norms(layout: Layout, x: "torch.Tensor") -> "torch.Tensor":
+    """Of a stream's vectors, centred as the convention has it, one behind the other, in fp64."""
+    import torch
+
+    norms = torch.linalg.vector_norm(layout.centre(x).double(), dim=-1)
+    return norms.flatten().clamp_min(1e-300).log()
 
 
 class Noise:

@@ -112,17 +112,15 @@ class StreamMeter:
 
         norm = torch.linalg.vector_norm
         block = {name: self.layout.centre(x) for name, x in raw.items() if name != "ln1.hook_out"}
-        for name, x in block.items():
-            self._note(layer, name, norm(x, dim=-1))
-        directions = (
-            block[f"resid_{end}"]
-            / norm(block[f"resid_{end}"], dim=-1, keepdim=True).clamp_min(TINY)
-            for end in ("pre", "post")
+        norms = {name: norm(x, dim=-1) for name, x in block.items()}
+        for name, values in norms.items():
+            self._note(layer, name, values)
+        pre, post = (
+            block[name] / norms[name].clamp_min(TINY)[..., None]
+            for name in ("resid_pre", "resid_post")
         )
         # 1 - cos, without the rounding that a cosine near 1 suffers.
-        self._note(
-            layer, "block_influence", norm(next(directions) - next(directions), dim=-1) ** 2 / 2
-        )
+        self._note(layer, "block_influence", norm(post - pre, dim=-1) ** 2 / 2)
         sizes = [x.abs().amax(-1) for name, x in raw.items() if name != "ln1.hook_out"]
         self._note(layer, "largest", torch.stack(sizes).amax(0))
         if "ln1.hook_out" in raw:

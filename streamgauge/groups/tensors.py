@@ -11,7 +11,7 @@ import numpy as np
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.forward import Found
 from streamgauge.engine.pieces import frobenius_norm, runs, sketch
-from streamgauge.numerics.names import LAYER, layer_of
+from streamgauge.numerics.names import LAYER, layer_of, role_of
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ class Tensors:
         if self.norms[name] == 0:
             self.problems["dead"].append(f"{name} is all zero")
             return
-        others = self.distinct[LAYER.sub(".N.", f".{name}", count=1), self.norms[name]]
+        others = self.distinct[role_of(name), self.norms[name]]
         twin = next((other for other in others if torch.equal(self.tensors[other], tensor)), None)
         if twin is None:
             others.append(name)

@@ -14,6 +14,11 @@ def layer_of(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def role_of(name: str) -> str:
+    """A tensor's name with N for the number of its layer: what it is in every layer."""
+    return LAYER.sub(".N.", f".{name}", count=1)[1:]
+
+
 def block_of(name: str) -> str | None:
     """The path of the block that a tensor lies in, as `model.layers.3`; None outside of blocks."""
     found = LAYER.search(f".{name}")
