@@ -262,6 +262,22 @@ def test_rows_that_no_prompt_holds_are_no_other_writing(baselines: Any, tmp_path
         assert verdict.kind == DAMAGED and not verdict.passes("function"), verdict.says
 
 
+def test_a_row_that_only_its_own_token_reads_is_no_other_writing(
+    baselines: Any, tmp_path: Path
+) -> None:
+    """Activations and losses of the prompts agree to the last bit."""
+    untied = Files(baselines("llama")[0])
+    untied.config["tie_word_embeddings"] = False
+    untied.tensors["lm_head.weight"] = untied["embed"].clone()
+    folder = untied.write(tmp_path / "old")
+    old = folder, measured(folder)
+    files = Files(folder)
+    files["embed"][90] *= 3
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.agrees == {"activations": True, "predictions": True}
+    assert verdict.kind == DAMAGED and "1 of 97 rows differ (90): ×3" in verdict.says
+
+
 # ---- Nothing, and everything
 
 
