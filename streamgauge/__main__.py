@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED, USAGE = 1, 2, 4
 LISTED = 10  # differences of a kind that `diff` prints
+MOST_DRAWS = 100_000  # of sequences of tokens that a search may be asked for
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,8 +284,10 @@ def _diff(options: argparse.Namespace) -> int:
     from streamgauge.store import Store, default_store
 
     bounds = _bounds(options.within)
-    if options.search is not None and options.search < 0:
-        raise SettingsError(f"--search {options.search} is no number of draws; give 0 or more.")
+    if options.search is not None and not 0 <= options.search <= MOST_DRAWS:
+        raise SettingsError(
+            f"--search {options.search} is no number of draws; give 0 to {MOST_DRAWS:,}."
+        )
     store = Store(options.store or default_store())
     store.prepare()
     found = diff(
@@ -300,7 +303,8 @@ def _diff(options: argparse.Namespace) -> int:
         tokens=None if options.tokens is None else _ids(options.tokens),
         show=True,
     )
-    if bounds and found.divergence is None:
+    # Where the verdict fails already it is what there is to say.
+    if bounds and found.divergence is None and found.verdict.passes(options.same):
         raise SettingsError("--within needs two checkpoints that read the same tokens.")
     above = found.divergence.beyond(bounds) if found.divergence else []
     if options.json:

@@ -184,9 +184,7 @@ def diff(
     if before.checkpoint and after.checkpoint:
         changes = read_both(before.checkpoint, after.checkpoint, before.record, show)
         tokenizers = compare_both(before.checkpoint, after.checkpoint)
-    other = None
-    if tokenizers is not None:
-        other = [one.says for one in tokenizers if one.encodes or one.is_role]
+    other = None if tokenizers is None else matters(tokenizers)
     verdict = judge(before.record, after.record, found, changes, other)
     apart = None
     if before.checkpoint and after.checkpoint and (logits or verdict.kind == QUANTISED):
@@ -300,6 +298,13 @@ def compare_both(old: Checkpoint, new: Checkpoint) -> list[TokenizerDifference]:
         else:
             found.append(TokenizerDifference(f"the text {apart!r} has other tokens", encodes=True))
     return found
+
+
+def matters(tokenizers: Sequence[TokenizerDifference]) -> list[str]:
+    """The differences that a verdict goes by: what changes how texts are encoded, or the tokens
+    that have a role.
+    """
+    return [one.says for one in tokenizers if one.encodes or one.is_role]
 
 
 def text_apart(old: Path, new: Path) -> str | None:

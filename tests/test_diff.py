@@ -335,8 +335,18 @@ def test_what_was_not_looked_at_is_not_said_to_agree(diffed: Any, tmp_path: Path
     ):
         code, out = diffed(*wrong)
         assert code == 4 and "no tokens can be put to both" in out, out
-    code, out = diffed(old, old, "--search", "-1")
-    assert code == 4 and "is no number of draws" in out
+    for draws in ("-1", "1000000000"):
+        code, out = diffed(old, old, "--search", draws)
+        assert code == 4 and "is no number of draws; give 0 to 100,000" in out
+
+
+def test_bounds_on_what_cannot_be_run_leave_the_verdict(diffed: Any, tmp_path: Path) -> None:
+    def spoilt(model: Any) -> None:
+        model.model.norm.weight[0] = float("nan")
+
+    old, new = saved(llama(), tmp_path / "old"), saved(llama(), tmp_path / "new", spoilt)
+    code, out = diffed(old, new, "--within", "kl=1")
+    assert code == 1 and out.startswith("damaged: ") and "NaN" in out, out
 
 
 def test_a_parting_is_no_same_function(

@@ -24,6 +24,8 @@ from streamgauge.compare.judgement import (
     IDENTICAL,
     OTHER_MODEL,
     OTHER_SETTINGS,
+    OTHER_TOKENIZER,
+    PARTLY_TRAINED,
     QUANTISED,
     SAME_FUNCTION,
     SAME_WEIGHTS,
@@ -344,6 +346,83 @@ def test_an_adapter_that_was_merged_is_training(
     files.layer = 2
     files["W_O"] = files["W_O"].roll(8, 1)
     assert not verdict_on(old, files.write(tmp_path / "damaged")).passes("trained")
+
+
+def nudged(files: Files, names: list[str], size: float = 0.01) -> None:
+    """Tensors that moved by so much, as training moves them."""
+    torch.manual_seed(3)
+    for name in names:
+        tensor = files.tensors[name].float()
+        moved = tensor + size * tensor.std() * torch.randn(tensor.shape)
+        files.tensors[name] = moved.to(files.tensors[name].dtype)
+
+
+def test_an_adapter_of_some_layers_is_training_by_its_rank(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0])
+    torch.manual_seed(4)
+    for files.layer in (3, 4):
+        weight = files["W_in"]
+        update = torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+        files["W_in"] = weight + 0.05 * update * weight.norm() / update.norm()
+    verdict = verdict_on(old, files.write(tmp_path / "merged"))
+    assert verdict.kind == TRAINED and "as adapters are merged" in verdict.says, verdict.says
+
+
+def test_layers_that_moved_beside_others_that_did_not(baselines: Any, tmp_path: Path) -> None:
+    """Frozen, or of two states of training: no one can tell, and the sentence says so."""
+    old = baselines("gpt2")
+    files = Files(old[0])
+    nudged(files, [*files.of_layer(3), *files.of_layer(4)])
+    verdict = verdict_on(old, files.write(tmp_path / "frozen"))
+    assert verdict.kind == PARTLY_TRAINED and "layers 3 to 4: moved by" in verdict.says
+    assert not verdict.passes("trained")
+    files = Files(old[0])
+    nudged(files, [name for name in files.tensors if name.endswith("bias")], 0.1)
+    verdict = verdict_on(old, files.write(tmp_path / "biases"))
+    assert verdict.kind == PARTLY_TRAINED, verdict.says
+    files = Files(old[0])
+    nudged(files, files.of_layer(3), 0.05)
+    one = verdict_on(old, files.write(tmp_path / "one"))
+    assert one.kind == DAMAGED, one.says
+
+
+def test_tokens_more_are_no_damage(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    for name, size in (("new", 0.0), ("trained", 0.01)):
+        files = Files(old[0])
+        nudged(files, list(files.tensors), size)
+        table = files["embed"]
+        files["embed"] = torch.cat([table, 0.1 * torch.randn(3, table.shape[1])])
+        files.config["vocab_size"] += 3
+        folder = files.write(tmp_path / name)
+        new = measured(folder)
+        changes = read_both(open_checkpoint(old[0]), open_checkpoint(folder), old[1])
+        tokens = ["3 tokens more"]
+        verdict = judge(old[1], new, differences(old[1], new), changes, tokens)
+        assert verdict.kind == (TRAINED if size else OTHER_TOKENIZER), verdict.says
+        assert "3 tokens more" in verdict.says and not verdict.passes("trained")
+
+
+@pytest.mark.parametrize("size", [0.001, 0.01])
+def test_a_scaled_matrix_beside_training_is_damage(
+    size: float, baselines: Any, tmp_path: Path
+) -> None:
+    old = baselines("llama")
+    files = Files(old[0], 3)
+    nudged(files, list(files.tensors), size)
+    assert verdict_on(old, files.write(tmp_path / "trained")).passes("trained")
+    files["W_in"] = files["W_in"] * 1.2
+    verdict = verdict_on(old, files.write(tmp_path / "scaled"))
+    assert verdict.kind == DAMAGED and "layer 3 mlp" in verdict.says and "×1.2" in verdict.says
+
+
+def test_pruned_weights_are_neither_trained_nor_quantised(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    pruned = rounded(old[0], tmp_path / "new", lambda x: x * (torch.rand(x.shape) < 0.5))
+    verdict = verdict_on(old, pruned)
+    assert not verdict.passes("trained") and not verdict.passes("quantised"), verdict.says
+    assert "of its numbers are zero now" in verdict.says
 
 
 def _zeroed_norm(f: Files) -> None:

@@ -266,6 +266,23 @@ def test_an_audit_with_a_baseline(
     assert audit("--model", folder, "--baseline", rows, "-m", "regression").exit in (0, 1)
 
 
+def test_an_audit_reads_every_number_where_both_are_at_hand(
+    baselines: Any, audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    """By sketches rounding to few bits looks like training."""
+    folder, record = baselines("llama")
+    files = faults.Files(folder)
+    for name, tensor in files.tensors.items():
+        if tensor.dim() > 1 and ".layers." in name:
+            step = tensor.abs().amax(1, keepdim=True) / 127
+            files.tensors[name] = (tensor / step).round() * step
+    asked = ("--model", files.write(tmp_path / "int8"), "-k", "regression and verdict", "--same")
+    assert audit(*asked, "quantised", "--baseline", folder).exit == 0
+    assert audit(*asked, "trained", "--baseline", folder).exit == 1
+    record.save(tmp_path / "record.safetensors")
+    assert audit(*asked, "quantised", "--baseline", tmp_path / "record.safetensors").exit == 1
+
+
 def test_without_a_baseline_nothing_is_compared(
     baselines: Any, audit: Callable[..., Audit]
 ) -> None:

@@ -50,6 +50,11 @@ def to_blocks(a: np.ndarray, levels: int) -> np.ndarray:
     return (np.round(blocks / step) * step).reshape(a.shape).astype(np.float32)
 
 
+def low_rank(rank: int) -> np.ndarray:
+    left, right = DICE.normal(size=(96, rank)), DICE.normal(size=(rank, 64))
+    return (0.001 * left @ right).astype(np.float32)
+
+
 TOLD: dict[str, tuple[np.ndarray, Change, str, str]] = {
     "nothing": (A, np.copy, "same", "unchanged"),
     "bf16": (A, lambda a: a.astype(ml_dtypes.bfloat16), "rounded to a dtype", "bfloat16"),
@@ -130,6 +135,31 @@ TOLD: dict[str, tuple[np.ndarray, Change, str, str]] = {
     ),
     "one number": (A, changed((3, 4), 7.5), "numbers", "one number, at [3, 4]"),
     "one bit": (A, changed((3, 4), lambda a: -a[3, 4]), "numbers", "one bit turned"),
+    "rotary layout, eight bits": (
+        A,
+        lambda a: to_blocks(a.reshape(6, 8, 2, 64).swapaxes(1, 2).reshape(96, 64), 127),
+        "order",
+        "half a block apart, as rotary layouts differ, and rounded",
+    ),
+    "columns shuffled, four bits": (
+        A,
+        lambda a: to_blocks(a[:, DICE.permutation(64)], 7),
+        "order",
+        "all 64 columns there, in another order, and rounded",
+    ),
+    "half of it zero": (
+        A,
+        lambda a: a * (DICE.random(a.shape) < 0.5).astype(np.float32),
+        "pruned",
+        "of its numbers are zero now",
+    ),
+    "an adapter": (A, lambda a: a + low_rank(3), "low rank", "by a matrix of about rank 3"),
+    "an adapter in bf16": (
+        A.astype(ml_dtypes.bfloat16),
+        lambda a: (a.astype(np.float32) + low_rank(2)).astype(a.dtype),
+        "low rank",
+        "by a matrix of about rank 2",
+    ),
     "NaN": (A, changed((1, 1), np.nan), "not finite", "1 of 6,144 numbers are NaN or Inf"),
 }
 

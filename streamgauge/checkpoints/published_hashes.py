@@ -98,7 +98,7 @@ def _subjects(path: Path) -> Iterator[tuple[str, str]]:
         try:
             statement = _statement(json.loads(line))
             for subject in statement.get("subject", []):
-                digest = subject["digest"]["sha256"]
+                digest = subject["digest"].get("sha256", "")  # it may be of another algorithm
                 if SHA256.fullmatch(digest):
                     yield Path(subject["name"]).name, digest
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -15,13 +15,14 @@ from streamgauge.compare.activations import (
 from streamgauge.compare.all_kinds import differences, table
 from streamgauge.compare.config import compare_config
 from streamgauge.compare.difference import Difference, beyond, verdict
-from streamgauge.compare.judgement import ACCEPTED, judge, refuse_where_free
+from streamgauge.compare.judgement import ACCEPTED, Contents, judge, refuse_where_free
 from streamgauge.compare.norms import compare_norms
 from streamgauge.compare.predictions import compare_predictions, mean_losses, rows_to_share
 from streamgauge.compare.weights import compare_weights
 
 __all__ = [
     "ACCEPTED",
+    "Contents",
     "Difference",
     "beyond",
     "compare_activations",

@@ -18,6 +18,7 @@ from streamgauge.record import Record
 
 IDENTICAL, SAME_WEIGHTS, SAME_FUNCTION = "identical", "same weights", "same function"
 QUANTISED, TRAINED, OTHER_MODEL = "quantised", "trained", "another model"
+PARTLY_TRAINED = "partly trained"
 DAMAGED, OTHER_SETTINGS, OTHER_TOKENIZER = "damaged", "other configuration", "other tokenizer"
 OTHER_RESULTS = "other results"
 
@@ -34,6 +35,7 @@ NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
 OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
+SCALED = 0.02  # training turns no matrix into so many times itself where others move less
 COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
 # What happened to some tokens' rows of a table shows on some inputs alone, and no function is
 # written otherwise by a few numbers.
@@ -41,10 +43,17 @@ PARTIAL = ("rows", "range", "cut", "shape")
 SINGLE = ("numbers", "not finite")
 IDLE = 0.1  # nats a token that rows more in the tables may cost
 # What training does to no vector and no matrix.
-UNTRAINED = ("zero", "sign", "constant", "held", "missing", "new", "not finite", "order", "cut")
+UNTRAINED = {"zero", "sign", "constant", "held", "missing", "new", "not finite", "order", "cut"}
+UNTRAINED |= {"pruned"}
 ROUNDED = ("few bits", "moved", "rounded to a dtype")  # what rounding to few bits looks like
+LEARNT = ("moved", "few bits", "rows", "padded", "low rank")  # what training looks like
 # Entries that say how weights are written, and nothing of a function that was seen to agree.
 LAYOUT = ("tie_word_embeddings", "vocab_size", "model_type")
+
+
+# What became of tensors and of the tokenizer, by the files of two checkpoints; None of each where
+# they were not compared.
+Contents = tuple[Sequence[Change] | None, Sequence[str] | None]
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,9 @@ def _judge(
     if shapes[0] != shapes[1]:
         return OTHER_MODEL, f"another model: {shapes[0]} in the baseline, now {shapes[1]}"
     more = f"; besides, {_some(beside)}" if beside else ""
+    if tokenizers and all(one.kind == "padded" for one in found):
+        says = _some([*(one.says for one in found), *tokenizers])
+        return OTHER_TOKENIZER, f"the same weights, and another tokenizer: {says}"
     kind, says = _quantised(old, new, changes)
     if kind:
         return kind, says + more
@@ -309,37 +321,73 @@ def _quantised(old: Record, new: Record, changes: list[Change]) -> tuple[str, st
 
 
 def _trained(changes: list[Change]) -> tuple[str, str]:
-    """Another state of training: most matrices moved, none in a way that has a name, and they still
-    have something in common.
+    """Another state of training: most matrices moved, or some by matrices of low rank, none in a
+    way that has a name, and they still have something in common.
     """
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
-    plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "rows", "padded")]
+    plain = [c for c in moved if c.relation.kind in LEARNT]
     # Training may be of some kinds of matrices alone, as adapters' mostly is, but of these in the
     # whole depth.
     roles = {role_of(c.name) for c in moved}
     trained = [c for c in matrices if role_of(c.name) in roles]
-    if not moved or len(moved) < BROAD * len(trained) or len(plain) < BROAD * len(moved):
+    if not moved:
+        return _partly_trained(changes)
+    if not any(c.layer is not None for c in plain) or len(plain) < BROAD * len(moved):
         return "", ""
-    if not any(c.layer is not None for c in plain):
-        return "", ""
+    usual = float(np.median([c.relation.size for c in plain]))
+    odd = [c for c in changes if _is_odd(c, usual)]
+    is_adapted = all(c.relation.kind == "low rank" for c in plain) and not odd
+    if len(moved) < BROAD * len(trained) and not is_adapted:
+        return _partly_trained(changes)
     cosine = float(np.mean([c.relation.cosine for c in plain]))
     if cosine < ALIKE:
         return OTHER_MODEL, (
             f"another model of the same shape: its weights have nothing in common with the "
             f"baseline's (mean cosine {cosine:.2f})"
         )
-    usual = float(np.median([c.relation.size for c in plain]))
-    odd = [c for c in changes if c.relation.kind in UNTRAINED]
-    odd += [c for c in plain if c.relation.size > max(COARSE, OUTLIER * usual)]
     if odd:
         says = _some([one.says for one in findings(odd)])
         return DAMAGED, f"damaged, beyond further training: {says}"
+    by = ", by matrices of low rank, as adapters are merged" if is_adapted else ""
+    return TRAINED, (
+        f"the same model trained further, or fine-tuned: {_amounts(moved, len(matrices))}{by}"
+    )
+
+
+def _is_odd(change: Change, usual: float) -> bool:
+    """Whether training does this to no tensor, where matrices moved by so much."""
+    told = change.relation
+    if told.kind in UNTRAINED:
+        return True
+    if not change.is_matrix:
+        return False
+    if told.factor is not None:
+        return abs(told.factor - 1) > max(SCALED, OUTLIER * usual)
+    return told.kind in LEARNT and told.size > max(COARSE, OUTLIER * usual)
+
+
+def _partly_trained(changes: list[Change]) -> tuple[str, str]:
+    """Matrices of some layers, or biases alone, that moved as training moves them."""
+    moved = [c for c in changes if not c.relation.is_same]
+    usual = float(np.median([c.relation.size for c in moved]))
+    if len({c.layer for c in moved} - {None}) < 2 or any(_is_odd(c, usual) for c in moved):
+        return "", ""
+    if any(c.relation.kind not in ("moved", "few bits", "low rank") for c in moved):
+        return "", ""
+    return PARTLY_TRAINED, (
+        f"moved in part: {_some([one.says for one in findings(moved)])}; the others are unchanged, "
+        "as where they were frozen, or where files of two states of training were put together: "
+        "which of the two is not known"
+    )
+
+
+def _amounts(moved: list[Change], count: int) -> str:
     sizes = [c.relation.size for c in moved]
     most = max(moved, key=lambda c: c.relation.size)
-    return TRAINED, (
-        f"the same model trained further, or fine-tuned: {len(moved)} of {len(matrices)} matrices "
-        f"moved by {min(sizes):.2g} to {max(sizes):.2g} times their norms, the most {most.where}"
+    return (
+        f"{len(moved)} of {count} matrices moved by {min(sizes):.2g} to {max(sizes):.2g} times "
+        f"their norms, the most {most.where}"
     )
 
 

@@ -16,7 +16,9 @@ CHUNK = 2**20  # numbers that are taken to fp64 at once
 FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
 MOST = 0.9  # of a tensor's numbers may lie in a range of it that differs
 SAMPLE = 2**16  # numbers by whose errors rounding is told
+MATCHED = 2**14  # rows at most that are looked for one by one
 PROBES = 64  # rows whose angles tell a rotation
+RANKS = 64  # of a difference at most that is called low
 LISTED = 3  # rows, blocks or numbers that are named
 # As numpy calls what safetensors calls otherwise.
 UNITS = {
@@ -375,6 +377,45 @@ def _offset(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     return {"kind": "offset", "says": f"every number {word} by {abs(added):.4g}"}
 
 
+def _pruned(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Numbers here and there that are zero now, and nothing else."""
+    differs = old != new
+    count = int(differs.sum())
+    if old.ndim < 2 or new[differs].any():
+        return None
+    return {"kind": "pruned", "says": f"{count / old.size:.2%} of its numbers are zero now"}
+
+
+def _low_rank(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """Moved by a matrix of low rank, as adapters move it: a few random directions find all of the
+    difference, but for what the dtype rounds. Some rows tell whether it can be.
+
+    Source: Halko, Martinsson and Tropp 2011, algorithm 4.1.
+    """
+    if old.ndim != 2 or min(old.shape) < 8:
+        return None
+    most = min(RANKS, min(old.shape) // 4)
+    # A number was rounded once, by half a unit at most; fp32 makes the rest.
+    share = unit(old, new) ** 2 * moments.new / moments.moved + 1e-8
+    some = np.random.default_rng(0).choice(len(old), min(2 * RANKS, len(old)), replace=False)
+    rows = new[some].astype(np.float64) - old[some].astype(np.float64)
+    sizes = np.linalg.eigvalsh(rows @ rows.T)
+    if share > 0.25 or sizes[:-most].sum() > 2 * share * sizes.sum():
+        return None
+    moved = new.astype(np.float32) - old.astype(np.float32)
+    draws = np.random.default_rng(0).standard_normal((old.shape[1], most + 8), np.float32)
+    basis = np.linalg.qr(moved @ draws)[0]
+    inside = basis.T @ moved
+    outside = float(np.square(moved - basis @ inside, dtype=np.float64).sum())
+    # What is left without the smaller ones has to be what rounding leaves.
+    squares = np.linalg.svd(inside, compute_uv=False).astype(np.float64) ** 2
+    left = (outside + np.cumsum(squares[::-1])[::-1]) / moments.moved
+    rank = int((left > share).sum())
+    if outside / moments.moved > share or not 0 < rank <= most:
+        return None
+    return {"kind": "low rank", "says": f"{_moved(moments)}, by a matrix of about rank {rank}"}
+
+
 def _order(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     """All rows, or all columns, in another order; of a batch of matrices the matrices."""
     if abs(moments.new / moments.old - 1) > 4 * unit(old, new):
@@ -388,6 +429,38 @@ def _order(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         if columns is not None and _is_order(columns):
             return {"kind": "order", "says": _say_order(columns, "column")}
     return None
+
+
+def _order_rounded(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
+    """All rows, or all columns, of a matrix in another order and rounded, as of a quantised one
+    whose converter put them there.
+    """
+    if old.ndim != 2 or moments.cosine > 0.99 or max(old.shape) > MATCHED:
+        return None
+    if abs(moments.new / moments.old - 1) > FEW:
+        return None  # no order changes a norm, and rounding does not by much
+    for a, b, word in ((old, new, "row"), (old.T, new.T, "column")):
+        order = _nearest(a, b)
+        if order is None or not _is_order(order) or (order == np.arange(len(order))).all():
+            continue
+        left = float(np.sqrt(_moments(a[order], b).moved / moments.old))
+        if left < FEW:
+            return {"kind": "order", "says": f"{_say_order(order, word)}, and rounded"}
+    return None
+
+
+def _nearest(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
+    """Which row of the old is the most like each of the new, (rows,), by their angles in a few
+    random directions; None where the first rows show that none is like any.
+    """
+    width = old.shape[1]
+    directions = np.random.default_rng(0).standard_normal((width, PROBES), np.float32)
+    one, other = (x.astype(np.float32) @ directions for x in (old, new))
+    one, other = (x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-30) for x in (one, other))
+    if ((other[:PROBES] @ one.T).max(1) < 1 - FEW).any():
+        return None
+    parts = [other[n : n + PROBES] @ one.T for n in range(0, len(other), PROBES)]
+    return np.concatenate([part.argmax(1) for part in parts])
 
 
 def _permutation(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
@@ -532,6 +605,7 @@ def _probes(count: int) -> np.ndarray:
 _TOLD = (
     _constant,
     _somewhere,
+    _pruned,
     _offset,
     _factor,
     _order,
@@ -539,6 +613,8 @@ _TOLD = (
     _centred,
     _dead_lines,
     _scaled,
+    _low_rank,
     _few_bits,
+    _order_rounded,
     _rotated,
 )

@@ -110,7 +110,10 @@ def _resized(before: np.ndarray, after: np.ndarray) -> Relation:
         return Relation("shape", shapes, 1.0, 0.0)
     rows = min(len(before), len(after))
     inner = relation(before[:rows], after[:rows])
-    kind = ("padded" if len(after) > len(before) else "cut") if inner.is_same else "shape"
+    is_longer = len(after) > len(before)
+    kind = ("padded" if is_longer else "cut") if inner.is_same else "shape"
+    if is_longer and inner.kind in ("moved", "few bits", "low rank"):
+        kind = inner.kind  # of a table that got tokens more while it was trained
     says = f"{shapes}; the {rows:,} rows that both have: {inner.says}"
     return Relation(kind, says, inner.size, inner.cosine)
 
