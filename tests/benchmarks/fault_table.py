@@ -1,7 +1,7 @@
 """Write docs/faults.md: every fault of the catalogue on every model, found without a baseline, with
 one, and located.
 
-Run by hand, about half an hour: `python -m tests.benchmarks.fault_table`.
+Run by hand, an hour or so: `python -m tests.benchmarks.fault_table`.
 """
 
 import contextlib
@@ -25,9 +25,10 @@ TABLE = ROOT / "docs" / "faults.md"
 HEAD = """# What an audit finds
 
 Faults that conversions, quantisations and copies really make (`tests/faults.py`), put into layer 2
-of each model. The three signs stand for: found by an audit of the folder alone, found by a
-comparison with the sound checkpoint (`--baseline`), and located rightly by it (the layer and the
-part, or the entry of the configuration). A dot: it cannot be made in this model.
+of each model. The four signs stand for: found by an audit of the folder alone, found by a
+comparison with the sound checkpoint (`--baseline`), located rightly by it (the layer and the part,
+or the entry of the configuration), and named in the first line of `diff`. A dot: it cannot be made
+in this model.
 Made by `python -m tests.benchmarks.fault_table`.
 
 """
@@ -113,7 +114,12 @@ def main() -> None:
                 laws.setdefault(fault.name, set()).update(alone)
                 table[fault.name][model] = " ".join(
                     "✓" if yes else "✗"
-                    for yes in (bool(alone), verdict.found, verdict.locates(fault))
+                    for yes in (
+                        bool(alone),
+                        verdict.found,
+                        verdict.locates(fault),
+                        fault.named() in verdict.sentence,
+                    )
                 )
                 print(model, fault.name, table[fault.name][model], file=sys.stderr)
             for what, change in faults.HARMLESS.items():
@@ -163,11 +169,11 @@ def _faults(table: dict[str, dict[str, str]], laws: dict[str, set[str]], names: 
     lines.append("")
     for name in names:
         cells = [row[name].split() for row in table.values() if row.get(name, "·") != "·"]
-        shares = [sum(cell[n] == "✓" for cell in cells) / len(cells) for n in range(3)]
-        alone, found, located = (f"{share:.0%}" for share in shares)
+        shares = [sum(cell[n] == "✓" for cell in cells) / len(cells) for n in range(4)]
+        alone, found, located, named = (f"{share:.0%}" for share in shares)
         lines.append(
             f"- {name}, {len(cells)} faults: {alone} found without a baseline, {found} with "
-            f"one, {located} located."
+            f"one, {located} located, {named} named."
         )
     return "\n".join(lines) + "\n"
 
