@@ -353,7 +353,7 @@ FAULTS = [
     Fault("NaN", _one_value(float("nan")), ("mlp", str(LAYER))),
     Fault("int8 with scales of the wrong rows", _wrong_scale, ("mlp",)),
     Fault(
-        "tying of embedding and head turned  round",
+        "tying of embedding and head turned round",
         _untied,
         ("lm_head", "tie_word_embeddings", "head"),
         (),
@@ -410,7 +410,7 @@ NAMED = {
     "overflow of fp16": "NaN or Inf",
     "NaN": "NaN or Inf",
     "int8 with scales of the wrong rows": "each row × a factor of its own",
-    "tying of embedding and head turned  round": "lm_head",
+    "tying of embedding and head turned round": "lm_head",
     "a head of its own that is ignored": "lm_head.weight: new",
     "wrong ε": "_eps",
     "wrong rope base": "rope_theta",
