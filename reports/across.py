@@ -8,6 +8,7 @@ import numpy as np
 
 from .curves import BLUE, Figure, Row, numbers
 
+NAMED = 30  # models up to which points have their names beside them
 FEWEST = 4  # models for which a rank correlation says anything
 HORIZON, GROWTH = "depth/layer_horizon", "residual/growth_rate"
 
@@ -25,7 +26,7 @@ def horizon_and_growth(rows: list[Row]) -> Figure | None:
         "y": numbers(horizon),
         "text": list(points),
         "name": "models",
-        "mode": "markers+text",
+        "mode": "markers+text" if len(points) <= NAMED else "markers",
         "textposition": "top center",
         "marker": {"color": BLUE, "size": 9},
         "hovertemplate": "%{text}: growth %{x}, horizon %{y} of the depth<extra></extra>",

@@ -10,15 +10,17 @@ Row = dict[str, Any]
 Figure = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 QUANTILES = (0.05, 0.5, 0.95)
+# Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, GREY = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#7f5217",
     "#999999",
 )
+COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, BROWN)
 DASHED = {"color": "#7f7f7f", "dash": "dash", "width": 1}
 
 

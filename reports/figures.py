@@ -40,7 +40,7 @@ BINS = 60
 PUBLISHED = (
     "dropped.recomputed.mean.everywhere"  # the variant of the layer horizon that was published
 )
-FILLS = {"W_OV": "rgba(148,103,189,0.2)", "W_QK": "rgba(31,119,180,0.2)"}
+FILLS = {"W_OV": "rgba(204,121,167,0.2)", "W_QK": "rgba(0,114,178,0.2)"}
 
 
 def figures(rows: list[Row]) -> list[Figure]:
@@ -79,7 +79,7 @@ def _stream(arrays: Arrays, rows: Rows) -> Figure | None:
     if norms is None:
         return None
     text, first, growth = text_tokens(arrays), first_tokens(arrays), rows.get(GROWTH)
-    data = over_tokens(norms[:, text], BLUE, "rgba(31,119,180,0.25)")
+    data = over_tokens(norms[:, text], BLUE, "rgba(0,114,178,0.25)")
     if first.any():
         data.append(
             by_layer(quantiles(norms[:, first])[1], "position 0", RED, line={"dash": "dot"})
@@ -243,7 +243,7 @@ def _correlation(arrays: Arrays, rows: Rows) -> Figure | None:
     scale = np.sqrt(width) * rate ** np.arange(1, len(pre) + 1)
     low, high, measured = (np.median(x, axis=1) / scale for x in (uncorrelated, aligned, post))
     data = spread(
-        low, high, "from uncorrelated to fully correlated", "rgba(148,103,189,0.25)", start=1
+        low, high, "from uncorrelated to fully correlated", "rgba(204,121,167,0.25)", start=1
     )
     data.append(line(np.arange(1, len(pre) + 1), measured, "measured", BLUE))
     read = (
@@ -395,7 +395,7 @@ def _activation(arrays: Arrays, rows: Rows) -> Figure | None:
     rates = arrays.get("neurons/activation_rate")
     if rates is None or "stream/position" not in arrays:
         return None
-    data = over_tokens(rates[:, text_tokens(arrays)], GREEN, "rgba(44,160,44,0.25)")
+    data = over_tokens(rates[:, text_tokens(arrays)], GREEN, "rgba(0,158,115,0.25)")
     for name, label, colour in (
         ("mlp", "random input", BROWN),
         ("resampled", "resampled resid_mid", PURPLE),
@@ -544,7 +544,7 @@ def _blocks(arrays: Arrays, rows: Rows) -> Figure | None:
     data = []
     if "stream/block_influence" in arrays:
         influence = arrays["stream/block_influence"][:, text_tokens(arrays)]
-        data += over_tokens(influence, BLUE, "rgba(31,119,180,0.25)")
+        data += over_tokens(influence, BLUE, "rgba(0,114,178,0.25)")
     if "block_skip/loss" in arrays:
         rises = arrays["block_skip/loss"].mean(1)
         data.append(by_layer(rises, "rise of the loss without the block", RED))

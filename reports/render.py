@@ -1,8 +1,10 @@
 """Rows and records to report.html and summary.md; a pure function of the files."""
 
-import itertools
+import base64
 import json
 import math
+import zlib
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
@@ -11,7 +13,9 @@ from typing import Any
 
 from .across import horizon_and_growth
 from .figures import figures
+from .packed import deflated, packed_figures, packed_rows
 from .summary import summary
+from .trajectories import trajectories
 
 Row = dict[str, Any]
 ORDER = ("fail", "error", "unusual", "known_failure", "pass", "not_applicable")
@@ -27,20 +31,18 @@ ANSWERS = (
 )
 NEEDED = {"model", "law", "kind", "outcome", "reason", "value", "values", "band", "claim"}
 STEEP = 20.0  # times the smallest number that the largest of a strip is on a logarithmic scale
-LISTED = 12  # values of one law that its row of the table lists
-ACROSS = ""  # the model of a figure that is about all of them
 SIGNS = {
     "pass": "✓", "fail": "✗", "error": "!", "unusual": "≠", "known_failure": "~",
     "not_applicable": "–",
 }  # fmt: skip
 FEW = 6  # models up to which laws are the rows of the matrix
-GROUPS = (  # of a model's laws: a title, and which rows it is about
-    ("Fail, or could not be measured", lambda row: row["outcome"] in ("fail", "error")),
-    ("Unusual: outside the range of real models", lambda row: row["outcome"] == "unusual"),
-    ("Fail as known", lambda row: row["outcome"] == "known_failure"),
-    ("Hold", lambda row: row["outcome"] == "pass"),
-    ("Measured, and claimed by no source of such a model", lambda row: row["value"] is not None),
-    ("Do not speak of this model", lambda row: True),
+GROUPS = (  # of a model's laws, in this order; the page says which row is of which
+    "Fail, or could not be measured",
+    "Unusual: outside the range of real models",
+    "Fail as known",
+    "Hold",
+    "Measured, and claimed by no source of such a model",
+    "Do not speak of this model",
 )
 
 
@@ -49,25 +51,31 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     numbered. Raises KeyError, TypeError or ValueError for a file of anything else.
     """
     rows: list[Row] = []
+    last: dict[tuple[str, str], str] = {}  # outcomes of the run before
+    names: dict[str, int] = Counter()
     for path in paths:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        taken = {row["model"] for row in rows}
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found = [_made_whole(json.loads(line), path.parent) for line in lines]
+        names.update({row["model"] for row in found})
         for row in found:
-            if row["model"] in taken:
-                row["model"] = next(
-                    name
-                    for n in itertools.count(2)
-                    if (name := f"{row['model']} (run {n})") not in taken
-                )
-            missing = NEEDED - row.keys()
-            if missing:
-                raise KeyError(min(missing))
-            for name in row.keys() - {"record", "baseline"}:
-                row[name] = _shown(row[name])
-            for name in ("record", "baseline"):
-                row[name] = str(path.parent / row[name]) if row[name] else None
+            verdict = row["model"], row["law"]
+            row["changed"] = last.get(verdict, row["outcome"]) != row["outcome"]
+            last[verdict] = row["outcome"]
+            run = names[row["model"]]
+            row["model"] += f" (run {run})" if run > 1 else ""
         rows += found
     return rows
+
+
+def _made_whole(row: Row, folder: Path) -> Row:
+    """A row of a file in a folder, fit to be shown."""
+    missing = NEEDED - row.keys()
+    if missing:
+        raise KeyError(min(missing))
+    shown = {name: _shown(value) for name, value in row.items()}
+    for name in ("record", "baseline"):
+        shown[name] = str(folder / row[name]) if row[name] else None
+    return shown
 
 
 def _shown(value: Any) -> Any:
@@ -75,6 +83,8 @@ def _shown(value: Any) -> Any:
     checkpoints may hold.
     """
     if isinstance(value, str):
+        if value.isprintable():
+            return value
         return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in value)
     if isinstance(value, list):
         return [_shown(one) for one in value]
@@ -107,45 +117,60 @@ def badge(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row]) -> str:
-    """One HTML file that needs no network."""
+    """One HTML file that needs no network: rows and figures lie in it deflated, and it draws what
+    is looked at.
+    """
     environment = _environment()
-    environment.filters |= {"number": number, "strip": strip, "grouped": grouped}
-    environment.globals |= {
-        "words": WORDS,
-        "signs": SIGNS,
-        "plotly": _plotly(),
-        "source_of": _source,
-        "answers": ANSWERS,
-        "LISTED": LISTED,
-        "FEW": FEW,
-    }
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    answered = {row["model"] for row in rows if row["law"] in ANSWERS and row["value"] is not None}
-    across = horizon_and_growth(rows)
-    drawn = {model: figures([row for row in rows if row["model"] == model]) for model in models}
+    environment.globals |= {"words": WORDS, "source_of": _source}
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row)
+    counts = Counter(row["outcome"] for row in rows)
+    counted = {outcome: counts[outcome] for outcome in ORDER}
+    compared = horizon_and_growth(rows)
+    across = ([compared] if compared else []) + trajectories(rows)
+    carried = packed_rows(rows, (strip(row) for row in rows)) | {
+        "models": [_about(model, own[0]) for model, own in by_model.items()],
+        "counts": counted,
+        "across": across,
+        "constants": {
+            "words": WORDS, "signs": SIGNS, "answers": ANSWERS, "few": FEW, "groups": GROUPS,
+        },
+    }  # fmt: skip
+    # Models that fail first, as a page holds no more than so many curves.
+    failing = {row["model"] for row in rows if row["outcome"] in ("fail", "error")}
+    drawn = ((m, figures(by_model[m])) for m in sorted(by_model, key=lambda m: m not in failing))
     made = environment.get_template("report.html").render(
-        rows=sorted(rows, key=lambda row: ORDER.index(row["outcome"])),
-        troubles=[row for row in rows if row["outcome"] in ("fail", "error")],
-        unusual=[row for row in rows if row["outcome"] == "unusual"],
-        models=models,
-        answered=answered,
-        ACROSS=ACROSS,
-        laws=sorted({row["law"] for row in rows}),
-        kinds=sorted({row["kind"] for row in rows}),
-        cells={(row["model"], row["law"]): row for row in rows},
-        counts={outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ORDER},
-        across=across,
-        figures=drawn | ({ACROSS: [across]} if across else {}),
+        models=by_model,
+        counts=counted,
+        rows=deflated(carried),
+        figures=deflated(packed_figures(drawn)),
+        plotly=_plotly(),
     )
     return str(made)
 
 
-def grouped(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """A model's rows by what became of them, each group by law."""
-    found: dict[str, list[Row]] = {title: [] for title, _ in GROUPS}
-    for row in sorted(rows, key=lambda row: str(row["law"])):
-        found[next(title for title, fits in GROUPS if fits(row))].append(row)
-    return [(title, group) for title, group in found.items() if group]
+def _about(model: str, row: Row) -> dict[str, Any]:
+    """What the page says of a model as a whole, by any of its rows."""
+    facts = [f"revision {row['revision']}"] if row["revision"] else []
+    facts += [f"weights {row['weights_sha256'][:16]}…"] if row["weights_sha256"] else []
+    if row["stored_dtype"]:
+        facts.append(f"stored as {row['stored_dtype']}, arithmetic {row['arithmetic']}")
+    facts += [row["convention"]] if row["convention"] else []
+    facts += [f"{name} {version}" for name, version in row["versions"].items()]
+    cost = row["cost"]
+    parts = sorted(cost["seconds_by_part"].items(), key=lambda one: -one[1]) if cost else []
+    return {
+        "name": model,
+        "facts": " · ".join(facts),
+        "cost": cost
+        and {
+            "seconds": cost["seconds"],
+            "peak": cost["peak_private_bytes"],
+            "read": cost["read_bytes"],
+            "parts": [[part.replace("_", " "), seconds] for part, seconds in parts],
+        },
+    }
 
 
 def strip(row: Row) -> dict[str, Any] | None:
@@ -202,8 +227,9 @@ def number(value: float | None) -> str:
 
 @cache
 def _plotly() -> str:
-    """The charting library as it comes with its Python package."""
-    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    """The charting library as it comes with its Python package, deflated."""
+    source = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
+    return base64.b64encode(zlib.compress(source, 9)).decode()
 
 
 def _source(name: str) -> str:

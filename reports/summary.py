@@ -1,5 +1,6 @@
 """summary.md: what a CI job shows of an audit."""
 
+from collections import Counter
 from typing import Any
 
 Row = dict[str, Any]
@@ -15,12 +16,12 @@ def summary(rows: list[Row]) -> str:
         f"| model | {' | '.join(TITLES)} |",
         f"|---|{'---:|' * len(TITLES)}",
     ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        counts = [
-            sum(row["model"] == model and row["outcome"] == outcome for row in rows)
-            for outcome in COLUMNS
-        ]
-        lines.append(f"| {_text(model)} | {' | '.join(map(str, counts))} |")
+    by_model: dict[str, Counter[str]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], Counter())[row["outcome"]] += 1
+    for model, counts in by_model.items():
+        cells = " | ".join(str(counts[outcome]) for outcome in COLUMNS)
+        lines.append(f"| {_text(model)} | {cells} |")
     for row in rows:
         if row["outcome"] == "fail":
             lines += _failure(row)

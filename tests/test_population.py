@@ -207,17 +207,6 @@ def test_a_strip_puts_the_mark_where_the_value_is() -> None:
     assert strip(1.0) is None
 
 
-def test_one_model_has_its_laws_as_rows(audit: Auditing, tmp_path: Path) -> None:
-    growing(1.5).save(tmp_path / "fast.safetensors")
-    audit("--record", tmp_path / "fast.safetensors")
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert 'class="matrix' not in page
-    for title in ("Unusual: outside", "Hold", "Measured, and claimed by no", "Do not speak of"):
-        assert title in page
-    assert page.index("Unusual: outside") < page.index("Do not speak of")
-    assert '<svg class="strip unusual"' in page
-
-
 def test_root_mean_squares_are_held_against_nobody(published: list[dict[str, Any]]) -> None:
     rows = [r for r in published if r["model"].endswith(":rms")]
     assert rows

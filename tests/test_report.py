@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from reports.across import _correlation, horizon_and_growth
-from reports.render import page, read_rows, render
+from reports.render import page, read_rows
 from reports.summary import summary
 from streamgauge.numerics.horizons import DEFAULT
 from tests import models
 from tests.conftest import ROOT, Audit
+from tests.packed import carried_rows
 from tests.records import replaced, sound_record
 
 HOSTILE = "<img src=x onerror=alert(1)>|`]</script>"
@@ -106,17 +107,6 @@ def test_nothing_from_a_checkpoint_is_rendered_unescaped(rows: list[dict[str, An
     assert "<img" not in summary(spoilt).replace("\\<", "").replace("    <img", "")
 
 
-def test_page_lists_a_dozen_values_of_a_law_and_counts_more(rows: list[dict[str, Any]]) -> None:
-    row = next(row for row in rows if row["outcome"] == "pass")
-    for count, listed in ((12, True), (13, False)):
-        values = [
-            {"what": "growth", "unit": "", "of": f"head {n}", "value": 1.0} for n in range(count)
-        ]
-        made = page([row | {"values": values}])
-        assert all((f"head {n}<" in made) == listed for n in range(count))
-        assert (f"the least margin of {count} values" in made) != listed
-
-
 @pytest.mark.parametrize(("models", "said"), [(1, "1 model:"), (2, "2 models:")])
 def test_models_are_counted(
     models: int, said: str, audit: Callable[..., Audit], tmp_path: Path
@@ -154,80 +144,6 @@ def test_report_command_renders_several_runs(
     assert missing.returncode == 4 and "there is no file" in missing.stderr
 
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield running
-        running.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_works_in_a_browser(
-    scheme: Any, rows: list[dict[str, Any]], browser: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "report" / "report.html"
-    troubles: list[str] = []
-    requests: list[str] = []
-    tab = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
-    tab.on("console", lambda message: troubles.append(message.text))
-    tab.on("pageerror", lambda error: troubles.append(str(error)))
-    tab.on("request", lambda request: requests.append(request.url))
-    tab.goto(path.as_uri())
-
-    def shown() -> int:
-        return int(tab.locator("tr[data-row]:visible").count())
-
-    assert shown() == len(rows)
-    tab.select_option("[data-filter=outcome]", "fail")
-    assert shown() == sum(row["outcome"] == "fail" for row in rows) > 0
-    tab.select_option("[data-filter=model]", "sound")
-    assert shown() == 0 and not tab.locator("article.trouble:visible").count()
-    tab.select_option("[data-filter=outcome]", "")
-    assert shown() == len(rows) / 2
-    tab.select_option("[data-filter=law]", "residual/growth_rate")
-    assert shown() == 1
-    tab.select_option("[data-filter=law]", "")
-    tab.select_option("[data-filter=kind]", "theorem")
-    assert shown() == sum(row["kind"] == "theorem" and row["model"] == "sound" for row in rows)
-
-    tab.locator(".chart:visible").first.scroll_into_view_if_needed()
-    tab.wait_for_selector(".js-plotly-plot .scatterlayer .trace path")
-    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 28)")
-    assert not troubles
-    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
-
-
-def test_hostile_names_do_nothing_in_a_browser(
-    rows: list[dict[str, Any]], browser: Any, tmp_path: Path
-) -> None:
-    folder = tmp_path / "hostile"
-    folder.mkdir()
-    spoilt = [row | {"model": HOSTILE, "reason": HOSTILE, "record": None} for row in rows]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoilt))
-    render([folder / "rows.jsonl"], folder)
-    dialogs: list[str] = []
-    tab = browser.new_page()
-    tab.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-    tab.goto((folder / "report.html").as_uri())
-    assert tab.locator("h2", has_text="<img src=x").count() == 1
-    assert not tab.locator("img").count() and not dialogs
-
-
 def test_a_model_whose_stream_overflows_does_not_take_the_page_along(
     audit: Callable[..., Audit], tmp_path: Path
 ) -> None:
@@ -242,7 +158,8 @@ def test_a_model_whose_stream_overflows_does_not_take_the_page_along(
         for r in found.rows
         if r["model"] == "overflows" and r["law"] == "residual/growth_rate"
     )
-    assert "overflows" in (tmp_path / "report" / "report.html").read_text()
+    carried = carried_rows(tmp_path / "report" / "report.html")
+    assert [model["name"] for model in carried["models"]] == ["overflows", "sound"]
 
 
 def test_horizon_and_growth_are_compared_across_models(
@@ -273,5 +190,6 @@ def test_horizon_and_growth_are_compared_across_models(
     assert said.endswith(f"models is {rank:.2f}, 95% interval {low:.2f} to {high:.2f}.")
     assert _correlation(growth[:3], horizon[:3]) == "3 models are too few for a correlation."
     assert "do not differ" in _correlation(growth, 0 * horizon)
-    assert "Across models" in (tmp_path / "report" / "report.html").read_text()
+    carried = carried_rows(tmp_path / "report" / "report.html")
+    assert carried["across"][0]["layout"]["title"]["text"] == "Layer horizon and growth"
     assert horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"])[:40]) is None

@@ -1,67 +1,112 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const filters = [...document.querySelectorAll("[data-filter]")];
-const dark = matchMedia("(prefers-color-scheme: dark)");
+// The filter, which lives in the address, and what it leaves.
 
-function colours() {
-  const style = getComputedStyle(document.documentElement);
-  const ink = style.getPropertyValue("--ink").trim();
-  const rule = style.getPropertyValue("--rule").trim();
-  return { ink, rule };
+const FIELDS = ["q", "model", "law", "kind", "outcome"];
+
+const address = (wanted) => `#${new URLSearchParams(Object.entries(wanted).filter(([, value]) => value))}`;
+const wantedNow = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+
+function choice(name, values, words = {}) {
+  const options = values.map((value) => h("option", { value }, words[value] ?? value));
+  return h("label", {}, name, h("select", { "data-filter": name }, h("option", { value: "" }, "all"), options));
 }
 
-function draw(chart) {
-  const figure = figures[chart.dataset.model][Number(chart.dataset.figure)];
-  const { ink, rule } = colours();
-  const axis = { gridcolor: rule, zeroline: false, linecolor: rule };
-  const layout = {
-    ...figure.layout,
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: ink, family: "system-ui, sans-serif", size: 12 },
-    margin: { l: 60, r: 15, t: 40, b: 80 },
-    legend: { orientation: "h", y: -0.22 },
-    hovermode: "closest",
-    xaxis: { ...axis, ...figure.layout.xaxis },
-    yaxis: { ...axis, ...figure.layout.yaxis },
+function filters(data) {
+  const of = (name) => [...new Set(data.columns[name])].map((n) => data.texts[n]).sort();
+  const outcomes = Object.keys(data.counts).filter((name) => data.counts[name]);
+  const words = { ...data.constants.words, changed: "changed since the last run" };
+  if (data.columns.changed.some(Boolean)) outcomes.push("changed");
+  const search = h("label", {}, "search", h("input", { type: "search", "data-filter": "q", placeholder: "model or law" }));
+  const form = h("form", { class: "filters", role: "search", "aria-label": "Filter" }, search,
+    choice("model", data.models.map((model) => model.name)), choice("law", of("law")), choice("kind", of("kind")),
+    choice("outcome", outcomes, words), h("span", { class: "shown", role: "status" }));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  return form;
+}
+
+// 1 for each row that is wanted.
+function fitting(data, wanted) {
+  const { columns, texts, count } = data;
+  const asked = ["model", "law", "kind", "outcome"].filter((name) => wanted[name] && wanted[name] !== "changed").map((name) => [columns[name], texts.indexOf(wanted[name])]);
+  const text = wanted.q?.toLowerCase();
+  const known = new Map();
+  const says = (n) => {
+    if (!known.has(n)) known.set(n, texts[n].toLowerCase().includes(text));
+    return known.get(n);
   };
-  Plotly.react(chart, figure.data, layout, { displaylogo: false, responsive: true, displayModeBar: false });
+  const shown = new Uint8Array(count);
+  for (let row = 0; row < count; row++) {
+    const fits = asked.every(([column, n]) => column[row] === n) && (wanted.outcome !== "changed" || columns.changed[row]);
+    shown[row] = fits && (!text || says(columns.model[row]) || says(columns.law[row])) ? 1 : 0;
+  }
+  return shown;
 }
 
-function matches(element, wanted) {
-  return Object.entries(wanted).every(([name, value]) => !value || element.dataset[name] === value);
+function rowsByModel(data) {
+  const found = new Map(data.models.map((model) => [model.name, []]));
+  for (let row = 0; row < data.count; row++) found.get(data.text("model", row)).push(row);
+  return found;
 }
 
-function filter() {
-  const wanted = Object.fromEntries(filters.map((select) => [select.dataset.filter, select.value]));
-  for (const row of document.querySelectorAll("tr[data-row], article[data-row], li[data-row]")) row.hidden = !matches(row, wanted);
-  for (const cell of document.querySelectorAll("td[data-row]")) cell.classList.toggle("faded", !matches(cell, wanted));
-  for (const line of document.querySelectorAll(".matrix tr[data-model], section.model")) {
-    line.hidden = Boolean(wanted.model) && line.dataset.model !== wanted.model;
-  }
-  for (const line of document.querySelectorAll(".upright tr[data-law]")) {
-    line.hidden = Boolean(wanted.law) && line.dataset.law !== wanted.law;
-  }
-  for (const group of document.querySelectorAll(".laws tbody")) {
-    group.hidden = !group.querySelector("tr[data-row]:not([hidden])");
-  }
-  for (const section of document.querySelectorAll("section.model")) {
-    section.hidden = section.hidden || !section.querySelector("tr[data-row]:not([hidden])");
-  }
-  const rows = [...document.querySelectorAll("tr[data-row]")];
-  document.querySelector(".shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} verdicts`;
-}
+async function start() {
+  const data = await readRows();
+  const figuresOf = await readFigures();
+  const rows = rowsByModel(data);
+  const matrix = data.models.length > 1 ? new Matrix(data) : null;
+  const form = filters(data);
+  document.querySelector("header").after(form);
+  const place = document.getElementById("found");
+  const across = document.getElementById("across");
 
-const visible = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (entry.isIntersecting) {
-      visible.unobserve(entry.target);
-      draw(entry.target);
+  function sections(wanted, shown) {
+    const chosen = data.models.filter((model) => (wanted.model ? model.name === wanted.model : data.models.length <= data.constants.few));
+    const made = chosen.map((model) => [model, rows.get(model.name).filter((row) => shown[row])]).filter(([, own]) => own.length);
+    if (!wanted.model && data.models.length > data.constants.few) return [h("p", { class: "claim" }, "Choose a model, or a cell of the table, for its laws and charts.")];
+    return made.map(([model, own]) => modelSection(data, model, rows.get(model.name), own, figuresOf));
+  }
+
+  function show() {
+    const wanted = wantedNow();
+    for (const field of form.querySelectorAll("[data-filter]")) {
+      if (document.activeElement !== field || field.tagName === "SELECT") field.value = wanted[field.dataset.filter] ?? "";
     }
+    const shown = fitting(data, wanted);
+    const some = [];
+    for (let row = 0; row < data.count; row++) if (shown[row]) some.push(row);
+    form.querySelector(".shown").textContent = `${some.length.toLocaleString("en")} of ${data.count.toLocaleString("en")} verdicts`;
+    const nothing = some.length ? null : h("p", { class: "nothing" }, "Nothing fits this filter. ", h("a", { href: "#" }, "Show everything"));
+    place.replaceChildren(...[nothing, troubles(data, some), unusual(data, some), matrix && tableSection(matrix, data)].filter(Boolean));
+    matrix?.update(shown);
+    document.getElementById("models").replaceChildren(...sections(wanted, shown));
   }
-}, { rootMargin: "400px" });
 
-for (const chart of document.querySelectorAll(".chart")) visible.observe(chart);
-for (const select of filters) select.addEventListener("change", filter);
-dark.addEventListener("change", () => document.querySelectorAll(".chart.js-plotly-plot").forEach(draw));
-filter();
+  form.addEventListener("input", () => {
+    const wanted = Object.fromEntries(FIELDS.map((name) => [name, form.querySelector(`[data-filter=${name}]`).value]));
+    history.replaceState(null, "", address(wanted));
+    show();
+  });
+  addEventListener("hashchange", () => {
+    show();
+    if (wantedNow().model) document.getElementById("models").scrollIntoView();
+  });
+  addEventListener("beforeprint", () => {
+    if (matrix) {
+      matrix.printed = true;
+      matrix.draw();
+    }
+    drawAll();
+  });
+  if (data.across.length) {
+    across.append(h("h2", {}, "Across models"), h("div", { class: "figures" }, data.across.map((figure) => figureOf(data, figure, []))));
+    watchCharts(across);
+  }
+  show();
+  document.documentElement.dataset.ready = "";
+}
+
+function tableSection(matrix, data) {
+  const key = Object.entries(data.constants.signs).map(([outcome, sign]) => h("span", { class: outcome }, `${sign} ${data.constants.words[outcome]} `));
+  return h("section", {}, h("h2", { id: "table" }, "Models and laws"), matrix.box, h("p", { class: "key" }, key));
+}
+
+start();

@@ -19,6 +19,7 @@ from streamgauge.measure import measure
 from streamgauge.record import Record
 from tests import faults, formats
 from tests.conftest import ROOT
+from tests.packed import carried_rows
 
 MEMORY = 1.5e9  # bytes, and three times the largest block
 FOUND = {  # outcome and value of the laws that are about training
@@ -93,8 +94,9 @@ def test_no_change_of_it_is_better_and_the_search_is_short(
 
 
 def test_the_page_is_written(audited: tuple[list[dict[str, Any]], Record], work: Path) -> None:
-    page = (work / "report" / "report.html").read_text(encoding="utf-8")
-    assert "SmolLM2-135M-Instruct.Q4_1" in page and "dequantised to fp32 by gguf" in page
+    (model,) = carried_rows(work / "report" / "report.html")["models"]
+    assert model["name"] == "SmolLM2-135M-Instruct.Q4_1"
+    assert "dequantised to fp32 by gguf" in model["facts"]
 
 
 @pytest.fixture(scope="module")
