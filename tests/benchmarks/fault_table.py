@@ -109,7 +109,7 @@ def main() -> None:
                 target = files.write(scratch / f"{model} {number}")
                 alone, verdict = (
                     failing(target, scratch) - sound,
-                    faults.compare_with(record, target),
+                    faults.compare_with(record, target, folder),
                 )
                 laws.setdefault(fault.name, set()).update(alone)
                 table[fault.name][model] = " ".join(
@@ -130,7 +130,7 @@ def main() -> None:
                 target = files.write(scratch / f"{model} {what}")
                 alarmed = (
                     bool(failing(target, scratch) - sound),
-                    faults.compare_with(record, target).found,
+                    faults.compare_with(record, target, folder).found,
                 )
                 quiet.setdefault(what, {})[model] = " ".join(
                     "alarm" if yes else "quiet" for yes in alarmed
@@ -138,7 +138,7 @@ def main() -> None:
             target = faults.reshard(folder, scratch / f"{model} shards")
             alarmed = (
                 bool(failing(target, scratch) - sound),
-                faults.compare_with(record, target).found,
+                faults.compare_with(record, target, folder).found,
             )
             quiet.setdefault("in three files", {})[model] = " ".join(
                 "alarm" if yes else "quiet" for yes in alarmed
