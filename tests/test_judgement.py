@@ -412,9 +412,18 @@ def test_a_scaled_matrix_beside_training_is_damage(
     files = Files(old[0], 3)
     nudged(files, list(files.tensors), size)
     assert verdict_on(old, files.write(tmp_path / "trained")).passes("trained")
-    files["W_in"] = files["W_in"] * 1.2
-    verdict = verdict_on(old, files.write(tmp_path / "scaled"))
-    assert verdict.kind == DAMAGED and "layer 3 mlp" in verdict.says and "×1.2" in verdict.says
+    for part, times, says in (("W_in", 1.2, "layer 3 mlp"), ("ln2", 2.0, "layer 3 norm")):
+        spoilt = Files(tmp_path / "trained", 3)
+        spoilt[part] = spoilt[part] * times
+        folder = spoilt.write(tmp_path / part)
+        for judged in (verdict_on, by_sketches):
+            verdict = judged(old, folder)
+            assert verdict.kind == DAMAGED and says in verdict.says, verdict.says
+    assert f"×{times:.2g}" in verdict_on(old, folder).says
+    spoilt = Files(tmp_path / "trained", 3)
+    spoilt["ln2"] = spoilt["ln2"] + 1
+    verdict = verdict_on(old, spoilt.write(tmp_path / "offset"))
+    assert verdict.kind == DAMAGED and "every number larger by 1" in verdict.says
 
 
 def test_pruned_weights_are_neither_trained_nor_quantised(baselines: Any, tmp_path: Path) -> None:

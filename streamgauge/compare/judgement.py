@@ -44,7 +44,7 @@ SINGLE = ("numbers", "not finite")
 IDLE = 0.1  # nats a token that rows more in the tables may cost
 # What training does to no vector and no matrix.
 UNTRAINED = {"zero", "sign", "constant", "held", "missing", "new", "not finite", "order", "cut"}
-UNTRAINED |= {"pruned"}
+UNTRAINED |= {"pruned", "offset"}
 ROUNDED = ("few bits", "moved", "rounded to a dtype")  # what rounding to few bits looks like
 LEARNT = ("moved", "few bits", "rows", "padded", "low rank")  # what training looks like
 # Entries that say how weights are written, and nothing of a function that was seen to agree.
@@ -360,11 +360,11 @@ def _is_odd(change: Change, usual: float) -> bool:
     told = change.relation
     if told.kind in UNTRAINED:
         return True
-    if not change.is_matrix:
-        return False
-    if told.factor is not None:
+    # Biases grow out of nothing, and in one direction; gains do not.
+    is_gain = change.part == "norm" and not change.name.endswith("bias")
+    if told.factor is not None and (change.is_matrix or is_gain):
         return abs(told.factor - 1) > max(SCALED, OUTLIER * usual)
-    return told.kind in LEARNT and told.size > max(COARSE, OUTLIER * usual)
+    return change.is_matrix and told.kind in LEARNT and told.size > max(COARSE, OUTLIER * usual)
 
 
 def _partly_trained(changes: list[Change]) -> tuple[str, str]:

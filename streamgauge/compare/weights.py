@@ -100,7 +100,9 @@ def _judge(
     kind, says = _looks_like(before, after, norm, others, shape)
     lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
     about = float(moved(before, after)) / norm if norm else 1.0
-    return size, Relation(kind, says, about, float(before @ after) / lengths if lengths else 0.0)
+    cosine = float(before @ after) / lengths if lengths else 0.0
+    times = factor(before, after)[0] if kind in ("factor", "sign") else None
+    return size, Relation(kind, says, about, cosine, times)
 
 
 def _looks_like(
