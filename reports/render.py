@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from .across import horizon_and_growth
+from .card import card
 from .figures import figures
 from .packed import deflated, packed_figures, packed_rows
+from .sarif import sarif
 from .summary import summary
 from .trajectories import trajectories
 
@@ -92,7 +94,9 @@ def _shown(value: Any) -> Any:
 
 
 def render(rows: Iterable[Path], folder: Path) -> None:
-    """Write report.html, summary.md and badge.svg into a folder, from rows.jsonl files."""
+    """Write report.html, summary.md, card.md, report.sarif and badge.svg into a folder, from
+    rows.jsonl files.
+    """
     write(read_rows(rows), folder)
 
 
@@ -102,6 +106,8 @@ def write(read: list[Row], folder: Path) -> None:
     (folder / "report.html").write_text(page(read), encoding="utf-8")
     (folder / "summary.md").write_text(summary(read), encoding="utf-8")
     (folder / "badge.svg").write_text(badge(read), encoding="utf-8")
+    (folder / "card.md").write_text(card(read), encoding="utf-8")
+    (folder / "report.sarif").write_text(json.dumps(sarif(read), indent=1), encoding="utf-8")
 
 
 def badge(rows: list[Row]) -> str:

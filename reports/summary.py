@@ -21,22 +21,22 @@ def summary(rows: list[Row]) -> str:
         by_model.setdefault(row["model"], Counter())[row["outcome"]] += 1
     for model, counts in by_model.items():
         cells = " | ".join(str(counts[outcome]) for outcome in COLUMNS)
-        lines.append(f"| {_text(model)} | {cells} |")
+        lines.append(f"| {text(model)} | {cells} |")
     for row in rows:
         if row["outcome"] == "fail":
             lines += _failure(row)
     odd = [row for row in rows if row["outcome"] == "unusual"]
     lines += ["", "## Unusual, which is no failure", ""] if odd else []
-    lines += [f"- {_text(row['model'])}, {row['law']}: {_text(row['reason'])}" for row in odd]
+    lines += [f"- {text(row['model'])}, {row['law']}: {text(row['reason'])}" for row in odd]
     for (model, reason), laws in _unmeasured(rows).items():
         named = laws[0] if len(laws) == 1 else f"{len(laws)} laws"
-        lines += ["", f"## {named} could not be measured on {_text(model)}", "", _text(reason)]
+        lines += ["", f"## {named} could not be measured on {text(model)}", "", text(reason)]
     return "\n".join(lines) + "\n"
 
 
 def _failure(row: Row) -> list[str]:
-    lines = ["", f"## {row['law']} fails on {_text(row['model'])}", "", _text(row["reason"]), ""]
-    lines += [f"Source: {_text(row['source'])}", ""] if row["source"] else []
+    lines = ["", f"## {row['law']} fails on {text(row['model'])}", "", text(row["reason"]), ""]
+    lines += [f"Source: {text(row['source'])}", ""] if row["source"] else []
     return [*lines, "Reproduce with:", "", f"    {_line(row['reproduce'])}"]
 
 
@@ -53,7 +53,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _text(text: str) -> str:
+def text(text: str) -> str:
     """Names and reasons come from checkpoints: one line, and nothing that Markdown or HTML would
     act on.
     """

@@ -216,7 +216,22 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them"
     )
     reporting.set_defaults(run=_report)
+
+    attesting = commands.add_parser(
+        "attest", help="print what an audit found as an in-toto statement about its weight files"
+    )
+    attesting.add_argument("model", help="the checkpoint that was audited")
+    attesting.add_argument("rows", type=Path, help="the rows.jsonl of its audit")
+    attesting.set_defaults(run=_attest)
     return parser
+
+
+def _attest(options: argparse.Namespace) -> None:
+    from streamgauge.attest import statement
+    from streamgauge.checkpoints.files import open_checkpoint
+
+    said = statement(open_checkpoint(location(options.model)), options.rows)
+    print(json.dumps(said, indent=1))
 
 
 def _laws(options: argparse.Namespace) -> None:

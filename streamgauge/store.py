@@ -36,7 +36,7 @@ def prepare_folder(folder: Path, what: str, option: str) -> None:
         ) from error
 
 
-REPORT = ("rows.jsonl", "report.html", "summary.md", "badge.svg")
+REPORT = ("rows.jsonl", "report.html", "summary.md", "card.md", "report.sarif", "badge.svg")
 OURS = ".streamgauge"  # lies in a folder whose reports are streamgauge's to replace
 
 

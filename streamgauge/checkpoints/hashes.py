@@ -16,10 +16,19 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def sha256_of(files: Sequence[Path]) -> str:
     """The sha256 of a file, or of the lines `sha256 name` of several."""
-    digests = [(_sha256(path), path.name) for path in files]
+    return together(digests_of(files))
+
+
+def digests_of(files: Sequence[Path]) -> dict[str, str]:
+    """The sha256 of each file, by its name."""
+    return {path.name: _sha256(path) for path in files}
+
+
+def together(digests: dict[str, str]) -> str:
+    """The one hash of several files."""
     if len(digests) == 1:
-        return digests[0][0]
-    lines = "".join(f"{digest} {name}\n" for digest, name in digests)
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest} {name}\n" for name, digest in digests.items())
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
