@@ -17,6 +17,7 @@ import transformers as tf
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import streamgauge
 from fixtures.draws import draws_through_model
 from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.engine.blockwise import Blockwise
@@ -31,7 +32,7 @@ from streamgauge.numerics.draws import LAWS, NO_NUMBER, TWINS, Draw
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
 from streamgauge.strategies import PROFILES, all_draws, heads, token_sequences
-from tests import models
+from tests import faults, models
 from tests.conftest import ROOT, Audit
 from tests.records import sound_record
 
@@ -389,3 +390,12 @@ def test_a_ratio_that_is_no_number_is_no_pass(audit: Callable[..., Audit], tmp_p
         "attention/heads_have_no_order"
     )
     assert (row["outcome"], row["value"]) == ("fail", None)
+
+
+def test_a_weight_that_is_no_number_ends_in_a_sentence(tmp_path: Path) -> None:
+    """What the probe makes of a stream of NaN must not reach those who draw."""
+    files = faults.Files(BUNDLED)
+    files["W_out"][3, 4] = float("nan")
+    target = files.write(tmp_path / "nan")
+    record = streamgauge.measure(target, rows=TEXTS, groups=("instrument", "draws"))
+    assert "NaN" in record.metadata["failed"]["draws"]

@@ -137,6 +137,7 @@ class DrawsGroup:
             self.ratios["causality"][n, layer] = change / allowed
             if not self.twins:
                 continue
+            self.model.bring(self.twins[n], layer)
             values = twin(draw, parts, self.model, layer, self.twins[n])
             with parts.having(values):
                 stream = self.model.step(self.twins[n], layer)[0]
