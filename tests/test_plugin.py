@@ -1,5 +1,6 @@
 """The plugin as users meet it: options in two words, xdist, a law of one's own, the wheel."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,12 +31,16 @@ def test_xdist_measures_each_model_once(
 ) -> None:
     other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
     report = tmp_path / "report"
-    options = ["--store", tmp_path / "store", "--report", report, "-n", "2"]
-    done = run_pytest(
-        "--model", folder, "--model", other, "-k", "additivity or moments or integrity", *options
-    )
+    asked = ["--model", folder, "--model", other, "-k", "additivity or moments or integrity"]
+    done = run_pytest(*asked, "--store", tmp_path / "store", "--report", report, "-n", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len((report / "rows.jsonl").read_text().splitlines()) == 6
+    alone = ["--store", tmp_path / "alone", "--report", tmp_path / "one"]
+    assert run_pytest(*asked, *alone).returncode == 0
+    found = [
+        [json.loads(line) | {"cost": None} for line in path.read_text().splitlines()]
+        for path in (report / "rows.jsonl", tmp_path / "one" / "rows.jsonl")
+    ]
+    assert len(found[0]) == 6 and found[0] == found[1]
     assert {path.name for path in (report / "records").iterdir()} == {
         "somebody.safetensors",
         "other.safetensors",
