@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,11 @@ from tests import models
 
 COMMIT = "c" * 40
 REPOSITORY = "somebody/tiny"
+
+
+def commit_of(revision: str) -> str:
+    """The commit that a branch of the stand-in is at."""
+    return COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -41,6 +47,12 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         return None
 
+    def commit(self) -> str:
+        """Of the revision that is asked for; commits are asked for by themselves."""
+        found = re.search(r"/(?:revision|resolve|tree)/([^/?]+)", self.path)
+        name = found[1] if found else "main"
+        return name if len(name) == 40 else commit_of(name)
+
     def _json(self) -> None:
         siblings = [
             {"rfilename": name, "size": len(content)} for name, content in self.files.items()
@@ -49,17 +61,22 @@ class _Hub(BaseHTTPRequestHandler):
             {"type": "file", "path": n, "size": len(c), "oid": "0" * 40}
             for n, c in self.files.items()
         ]
-        answer = (
-            entries
+        refs = [{"name": f"step{n}", "ref": f"refs/heads/step{n}"} for n in (0, 512, 1000, 2000)]
+        refs += [{"name": "main", "ref": "refs/heads/main"}]
+        branches = [ref | {"targetCommit": commit_of(ref["name"])} for ref in refs]
+        answer: Any = (
+            {"branches": branches, "tags": [], "converts": []}
+            if self.path.split("?")[0].endswith("/refs")
+            else entries
             if "/tree/" in self.path
-            else {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+            else {"id": REPOSITORY, "sha": self.commit(), "siblings": siblings}
         )
         self._send(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send(self, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(200)
         for name, value in (
-            {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))} | headers
+            {"X-Repo-Commit": self.commit(), "Content-Length": str(len(content))} | headers
         ).items():
             self.send_header(name, value)
         self.end_headers()
@@ -131,6 +148,32 @@ def test_a_model_the_hub_does_not_have(
     done = run_pytest(*arguments, **_environment(hub[0], tmp_path))
     assert done.returncode == 1
     assert "the hub has no somebody/absent" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_range_of_revisions_is_fetched_and_evicted(
+    hub: tuple[str, list[str]], run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    environment = _environment(hub[0], tmp_path)
+    asked = ["invariants", "-k", "additivity", "--store", tmp_path / "store", "-v", "--evict"]
+    done = run_pytest(*asked, "--model", f"{REPOSITORY}:step500..step2000", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    audited = re.findall(r"test_additivity\[(\S+)\] PASSED", done.stdout)
+    assert audited == ["tiny:step512", "tiny:step1000", "tiny:step2000"]
+    assert not list((tmp_path / "cache").glob("hub/models--*/snapshots/*"))
+    # One alone stays where nothing was said of evicting, and one that was there is not taken.
+    one = ["invariants", "-k", "additivity", "--store", tmp_path / "again"]
+    one += ["--model", f"{REPOSITORY}:step512"]
+    assert run_pytest(*one, **environment).returncode == 0
+    assert run_pytest(*one, "--evict", **environment).returncode == 0
+    (kept,) = (tmp_path / "cache").glob("hub/models--*/snapshots/*")
+    assert kept.name == commit_of("step512")
+    for wrong, says in (
+        (f"{REPOSITORY}:step5000..step6000", "no revision step5000..step6000"),
+        (f"{REPOSITORY}:step1..main", "is no range of revisions"),
+        ("somebody/absent:step1..step2", "the hub has no somebody/absent"),
+    ):
+        done = run_pytest(*asked, "--model", wrong, **environment)
+        assert done.returncode == 4 and says in done.stderr, done.stdout + done.stderr
 
 
 def test_a_hub_out_of_reach_is_never_green(run_pytest: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Find a checkpoint, check that its files are whole, and read tensors from it with numpy."""
 
+import contextlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from streamgauge.checkpoints.untrusted import (
 from streamgauge.errors import CheckpointError, HubError, UnknownModelError
 
 SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"(.*?)(\d+)")  # a revision and the number at its end
 WANTED_FROM_HUB = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
@@ -170,6 +173,20 @@ def _cached_snapshot(repository: str, revision: str | None, file: str | None) ->
     return folder if _is_whole(folder) else None
 
 
+def snapshots() -> set[Path]:
+    """The folders of the hub cache of this machine that hold one revision of a model each."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return set(Path(HF_HUB_CACHE).glob("models--*/snapshots/*"))
+
+
+def evict(snapshot: Path) -> None:
+    """Take a revision, and the files that no other one shares, out of the hub cache."""
+    from huggingface_hub import scan_cache_dir
+
+    scan_cache_dir().delete_revisions(snapshot.name).execute()
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether all weights are there: an interrupted download leaves an index without some of its
     shards.
@@ -179,25 +196,65 @@ def _is_whole(folder: Path) -> bool:
     return (folder / SINGLE).is_file()
 
 
+def revisions_between(repository: str, first: str, last: str) -> list[str]:
+    """Branches and tags of a hub repository that are named alike but for a number, from one to
+    another, in the order of their numbers: step1000, step2000 …
+
+    Asks the hub. Raises UnknownModelError where there are none, HubError where it is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    ends = [NUMBERED.fullmatch(end) for end in (first, last)]
+    if None in ends or ends[0][1] != ends[1][1]:  # type: ignore[index]
+        raise UnknownModelError(
+            f"{first}..{last} is no range of revisions; name two that differ in a number at their "
+            "end, as step1000..step143000."
+        )
+    with _asking(repository):
+        refs = HfApi().list_repo_refs(repository)
+    found = {
+        int(match[2]): ref.name
+        for ref in [*refs.branches, *refs.tags]
+        if (match := NUMBERED.fullmatch(ref.name)) and match[1] == ends[0][1]  # type: ignore[index]
+    }
+    low, high = (int(end[2]) for end in ends)  # type: ignore[index]
+    chosen = [found[number] for number in sorted(found) if low <= number <= high]
+    if not chosen:
+        known = ", ".join(found[n] for n in sorted(found)[:3]) or "none that is named so"
+        raise UnknownModelError(
+            f"the hub has no revision {first}..{last} of {repository}; it has {known}."
+        )
+    return chosen
+
+
 def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+
+    where = repository if revision is None else f"{repository} at revision {revision}"
+    with _asking(where):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+
+
+@contextlib.contextmanager
+def _asking(where: str) -> Iterator[None]:
+    """What the hub, or the lack of it, answers, in our words."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    where = repository if revision is None else f"{repository} at revision {revision}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        yield
     except GatedRepoError:
         raise HubError(
             f"the hub keeps {where} behind a licence; accept it there and log in with `hf auth "
             "login`."
         ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise UnknownModelError(
             f"the hub has no {where}; check the name, or name a folder."
         ) from None
