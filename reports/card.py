@@ -8,6 +8,12 @@ from typing import Any
 from .summary import text
 
 Row = dict[str, Any]
+SEVERAL = {
+    "theorem": "theorems",
+    "phenomenon": "phenomena",
+    "reference": "references",
+    "regression": "regressions",
+}
 # What model cards call a model that was made from another, by the beginning of the verdict.
 RELATIONS = {
     "a quantisation of it": "quantized",
@@ -28,7 +34,7 @@ def card(rows: list[Row]) -> str:
 def _of(model: str, rows: list[Row]) -> str:
     first, count = rows[0], Counter(row["outcome"] for row in rows)
     asserted = Counter(row["kind"] for row in rows if row["outcome"] == "pass")
-    kinds = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in asserted.items())
+    kinds = ", ".join(f"{n} {kind if n == 1 else SEVERAL[kind]}" for kind, n in asserted.items())
     bad = count["fail"] + count["error"]
     lines = _metadata(rows)
     lines += [f"## Audited with streamgauge: {text(model)}", ""]

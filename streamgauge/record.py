@@ -145,6 +145,7 @@ import hashlib
 import json
 import uuid
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,23 @@ class Record:
         return (
             f"Record of {self.metadata.get('model')}, {self.n_layers} layers, "
             f"{self.metadata.get('convention')}: {names}"
+        )
+
+    def _repr_html_(self) -> str:
+        """In a notebook: each array with its shape, and why others are not there."""
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{' × '.join(map(str, array.shape))}</td></tr>"
+            for name, array in sorted(self.arrays.items())
+        )
+        why = self.metadata.get("failed", {}) | self.metadata.get("absent", {})
+        gone = "".join(f"<li>{escape(name)}: {escape(said)}</li>" for name, said in why.items())
+        facts = (
+            f"{self.metadata.get('model')}, {self.n_layers} layers, "
+            f"{self.metadata.get('convention')}; layers × tokens, heads or what the name says"
+        )
+        return (
+            f"<p><b>Record</b> of {escape(facts)}</p><table>{rows}</table>"
+            f"<details><summary>{len(why)} not there, and why</summary><ul>{gone}</ul></details>"
         )
 
     @property

@@ -44,6 +44,7 @@ from streamgauge.numerics.names import block_of, layer_of, part_of
 from streamgauge.numerics.rounding import other_order
 from streamgauge.numerics.rows import Prompts
 from streamgauge.numerics.unigram import unigram_loss
+from tests.records import sound_record
 
 # ---- Bands
 
@@ -349,3 +350,16 @@ def test_signs_are_frozen() -> None:
     assert signs.shape == (16, 5) and set(signs.ravel()) == {-1, 1} and signs.dtype == np.int8
     assert signs[:2].tolist() == [[-1, -1, -1, -1, -1], [-1, 1, -1, 1, -1]]
     assert (sketches.signs(5, 1) != signs).any()
+
+
+def test_a_mean_rate_of_norms_is_refused() -> None:
+    with pytest.raises(ValueError, match="one rate a token, as growth_rates"):
+        mean_rate(np.ones((16, 40)))
+
+
+def test_a_record_in_a_notebook_says_shapes_and_what_is_not_there() -> None:
+    record = sound_record(model="<b>")
+    record.metadata["absent"] = {"stream/other_out": "there <is> none"}
+    made = record._repr_html_()
+    assert "<td>stream/resid_pre</td><td>17 × 40</td>" in made or "16 × " in made
+    assert "stream/other_out: there &lt;is&gt; none" in made and "<b> " not in made

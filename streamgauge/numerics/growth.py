@@ -44,7 +44,14 @@ def growth_rates(norms: np.ndarray, layers: tuple[int, int]) -> np.ndarray:
 
 
 def mean_rate(rates: np.ndarray) -> float:
-    """The geometric mean over tokens; NaN where one of them is."""
+    """The geometric mean over tokens of rates, (tokens,), as `growth_rates` gives them; NaN where
+    one of them is. Raises ValueError for anything of another shape, such as norms.
+    """
+    if np.ndim(rates) != 1:
+        raise ValueError(
+            f"mean_rate takes one rate a token, as growth_rates(norms, layers) gives them, and no "
+            f"array of shape {np.shape(rates)}"
+        )
     return float(np.exp(np.log(rates).mean()))
 
 
