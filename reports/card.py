@@ -1,6 +1,6 @@
 """A section for a model's card: what was asserted of its weights, and beside what baseline."""
 
-import json
+import re
 import shlex
 from collections import Counter
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from .summary import text
 
 Row = dict[str, Any]
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SEVERAL = {
     "theorem": "theorems",
     "phenomenon": "phenomena",
@@ -28,7 +29,8 @@ def card(rows: list[Row]) -> str:
     by_model: dict[str, list[Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
-    return "\n".join(_of(model, own) for model, own in by_model.items())
+    head = _metadata(rows) if len(by_model) == 1 else []
+    return "\n".join([*head, *(_of(model, own) for model, own in by_model.items())])
 
 
 def _of(model: str, rows: list[Row]) -> str:
@@ -36,8 +38,7 @@ def _of(model: str, rows: list[Row]) -> str:
     asserted = Counter(row["kind"] for row in rows if row["outcome"] == "pass")
     kinds = ", ".join(f"{n} {kind if n == 1 else SEVERAL[kind]}" for kind, n in asserted.items())
     bad = count["fail"] + count["error"]
-    lines = _metadata(rows)
-    lines += [f"## Audited with streamgauge: {text(model)}", ""]
+    lines = [f"## Audited with streamgauge: {text(model)}", ""]
     lines += [
         f"{count['pass']} laws hold ({kinds}), {bad} fail or could not be measured, "
         f"{count['unusual']} values are unusual among real models, {count['not_applicable']} laws "
@@ -47,9 +48,10 @@ def _of(model: str, rows: list[Row]) -> str:
     lines += [f"- {text(r['law'])}: {text(r['reason'])}" for r in rows if r["outcome"] == "fail"]
     lines += _verdict(rows)
     if first["weights_sha256"]:
-        lines.append(f"- sha256 of the weights: `{first['weights_sha256']}`")
+        lines.append(f"- sha256 of the weights: {text(first['weights_sha256'])}")
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines.append(f"- measured in {first['arithmetic'] or 'no arithmetic'} with {versions or '?'}")
+    if first["arithmetic"]:
+        lines.append(f"- measured in {text(first['arithmetic'])} with {text(versions or '?')}")
     return "\n".join(lines) + "\n"
 
 
@@ -64,8 +66,11 @@ def _metadata(rows: list[Row]) -> list[str]:
     relation = row and next((v for k, v in RELATIONS.items() if row["of"].startswith(k)), None)
     if not row or not relation:
         return []
-    words = shlex.split(row["reproduce"])
-    named = words[words.index("--baseline") + 1] if "--baseline" in words else ""
-    # JSON's strings are YAML's.
-    said = [f"base_model: {json.dumps(named)}"] if named else []
+    try:
+        words = shlex.split(row["reproduce"])
+    except ValueError:  # quotes that somebody else left open
+        words = []
+    named = words[words.index("--baseline") + 1] if "--baseline" in words[:-1] else ""
+    # A folder's path is nothing that a card's reader could open.
+    said = [f"base_model: {named}"] if REPOSITORY.fullmatch(named) else []
     return ["---", *said, f"base_model_relation: {relation}", "---", ""]

@@ -4,6 +4,7 @@ rows, deflated.
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -99,7 +100,10 @@ def packed_figures(figures: Iterable[tuple[str, list[Any]]]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for model, drawn in figures:
         series: list[list[Any]] = []
-        frames = [texts.number(json.dumps(_frame(one, series), sort_keys=True)) for one in drawn]
+        frames = [
+            texts.number(json.dumps(_frame(one, series), sort_keys=True, allow_nan=False))
+            for one in drawn
+        ]
         packed = deflated(series)
         carried += len(packed) if drawn else 0
         models[model] = [frames, packed] if carried <= CARRIED else None
@@ -110,6 +114,8 @@ def _frame(value: Any, series: list[list[Any]]) -> Any:
     """The same with every list of numbers taken out, by the order of names; {"$": 0} stands for
     the next of them.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # which JSON has no word for
     if isinstance(value, dict):
         return {name: _frame(value[name], series) for name in sorted(value)}
     if not isinstance(value, list):

@@ -3,6 +3,7 @@
 Source: OASIS, Static Analysis Results Interchange Format 2.1.0.
 """
 
+import re
 from typing import Any
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ def _result(row: Row, rule: int) -> dict[str, Any]:
         "ruleId": row["law"],
         "ruleIndex": rule,
         "level": LEVELS[row["outcome"]],
-        "message": {"text": f"{row['reason']}\nReproduce with: {row['reproduce']}"},
+        "message": {"text": _plain(f"{row['reason']}\nReproduce with: {row['reproduce']}")},
         "locations": [place],
         "partialFingerprints": {"lawAndModel/v1": f"{row['law']}|{row['model']}"},
     }
@@ -48,6 +49,11 @@ def _result(row: Row, rule: int) -> dict[str, Any]:
         known = {"kind": "external", "justification": row["reason"]}
         result["suppressions"] = [known]
     return result
+
+
+def _plain(text: str) -> str:
+    """Without links, which messages may hold: SARIF 2.1.0, §3.11.6."""
+    return re.sub(r"([\[\]\\])", r"\\\1", text)
 
 
 def _file(law: str) -> str:

@@ -57,4 +57,5 @@ def text(text: str) -> str:
     """Names and reasons come from checkpoints: one line, and nothing that Markdown or HTML would
     act on.
     """
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#!&" else c for c in _line(text))
+    escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#!&" else c for c in _line(text))
+    return escaped.replace("@", "@\u200b")  # a name in a comment calls nobody

@@ -9,7 +9,8 @@ from typing import Any
 from .curves import COLOURS, Figure, Row
 
 # A step in a revision, or in a name: step1000, step-400, iter_0001000, checkpoint-500.
-STEP = re.compile(r"(?:step|iter|checkpoint|ckpt|global_step)[-_ ]?(\d+)", re.IGNORECASE)
+STEP = re.compile(r"(?<![a-z])(?:global_step|step|iter|checkpoint|ckpt)[-_ ]?(\d+)", re.IGNORECASE)
+RUN = re.compile(r" \(run \d+\)$")  # of a model that is on the page twice
 FEWEST = 3  # checkpoints of which a line is drawn
 LINES = 8  # models that are drawn, those of the most checkpoints first
 LAWS = {
@@ -35,11 +36,13 @@ def step_of(row: Row) -> tuple[str, int] | None:
     """The model that a checkpoint is of, and its step, None where neither revision nor name says
     one.
     """
-    for text in (row["revision"], row["model"]):
+    run = RUN.search(row["model"])
+    own = RUN.sub("", row["model"])
+    for text in (row["revision"], own):
         found = STEP.search(text or "")
         if found:
-            name = STEP.sub("", row["model"]).strip(":-_/ @")
-            return name or row["model"], int(found.group(1))
+            name = STEP.sub("", own).strip(":-_/ @") or "one model"
+            return f"{name}{run[0] if run else ''}", int(found.group(1))
     return None
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import transformers
 
 from streamgauge.compare import differences, judge
-from streamgauge.errors import StreamgaugeError
 from streamgauge.measure import measure
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record
@@ -103,12 +102,12 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer, self.every, self.share, self.stop = trainer, every, share, stop
         self.watch = Watch(Path(trainer.args.output_dir) / "streamgauge", rows)
         self.looks: list[Look] = []
-        self.seconds = 0.0
+        self.seconds, self._tried = 0.0, 0  # that looks took, and how many there were
         self._began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count time from here."""
-        self._began = time.monotonic()
+        self._began, self.seconds, self._tried = time.monotonic(), 0.0, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look where it is time to, and where looks were cheap enough so far."""
@@ -117,16 +116,19 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]
         began = time.monotonic()
         try:
             look = self._look(state)
-        except StreamgaugeError as error:
+        except Exception as error:  # whatever it is, training goes on
             warnings.warn(f"streamgauge, step {state.global_step}: {error}", stacklevel=1)
             return
         finally:
-            self.seconds += time.monotonic() - began
+            self.seconds, self._tried = self.seconds + time.monotonic() - began, self._tried + 1
         if look is None:
             return
         self.looks.append(look)
         share = self.seconds / (time.monotonic() - self._began)
+        # Logging says that all was logged; the trainer's own losses may still be due.
+        due = control.should_log
         self.trainer.log(look.scalars | {"streamgauge/share_of_time": share})
+        control.should_log = due
         if not look.is_training:
             warnings.warn(f"streamgauge, step {look.step}: {look.since}", stacklevel=1)
         if self.stop and look.broken:
@@ -147,13 +149,11 @@ class TrainerCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Whether another look like those before stays within the share of the time. Several
         processes save together, and so look at every step that it is time to.
         """
-        if not self.looks or processes > 1:
+        if not self._tried or processes > 1:
             return True
-        next_one = self.seconds / len(self.looks)
+        next_one = self.seconds / self._tried
         return self.seconds + next_one <= self.share * (time.monotonic() - self._began + next_one)
 
     def _save(self, folder: Path) -> None:
-        self.trainer.save_model(str(folder))
-        tokenizer = getattr(self.trainer, "processing_class", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        # With its processing class; said to be a call of its own, it pushes nothing to the hub.
+        self.trainer.save_model(str(folder), _internal_call=True)

@@ -426,6 +426,63 @@ def test_a_scaled_matrix_beside_training_is_damage(
     assert verdict.kind == DAMAGED and "every number larger by 1" in verdict.says
 
 
+def _one_number(f: Files) -> None:
+    f["W_out"][3, 4] = 3e38
+
+
+def _enormous_gain(f: Files) -> None:
+    f["ln1"] = f["ln1"] + 50 * torch.randn(f["ln1"].shape)
+
+
+def _dead_rows(f: Files) -> None:
+    f["W_out"][4:7] = 0
+
+
+def _rows_scaled(f: Files) -> None:
+    f["W_V"] = f["W_V"] * torch.linspace(0.5, 2, len(f["W_V"]))[:, None]
+
+
+def _transposed(f: Files) -> None:
+    f["W_O"] = Files(f.folder, f.layer)["W_O"].T
+
+
+@pytest.mark.parametrize(
+    "spoil_it", [_one_number, _enormous_gain, _dead_rows, _rows_scaled, _transposed]
+)
+def test_what_has_a_name_is_no_training(spoil_it: Any, baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama")
+    files = Files(old[0], 3)
+    nudged(files, list(files.tensors), 0.01)
+    spoil_it(files)
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.kind == DAMAGED and "layer 3" in verdict.says, verdict.says
+
+
+def test_one_matrix_of_another_is_neither_an_adapter_nor_another_model(
+    baselines: Any, tmp_path: Path
+) -> None:
+    old = baselines("llama")
+    for number, size in enumerate((2.0, 20.0)):
+        files = Files(old[0], 3)
+        weight = files["W_in"]
+        update = torch.randn(weight.shape[0], 1) @ torch.randn(1, weight.shape[1])
+        files["W_in"] = weight + size * update * weight.norm() / update.norm()
+        verdict = verdict_on(old, files.write(tmp_path / str(number)))
+        assert verdict.kind == DAMAGED and "layer 3 mlp" in verdict.says, verdict.says
+
+
+def test_a_few_numbers_of_a_gain_are_no_damage_in_bf16(baselines: Any, tmp_path: Path) -> None:
+    old = baselines("llama", "bf16")
+    files = Files(old[0])
+    nudged(files, [n for n in files.of_layer(3) + files.of_layer(4) if "norm" not in n], 0.1)
+    files.layer = 3
+    gain = files["ln2"].clone()
+    gain[:3] *= 1.0078125
+    files["ln2"] = gain
+    verdict = verdict_on(old, files.write(tmp_path / "new"))
+    assert verdict.kind == PARTLY_TRAINED, verdict.says
+
+
 def test_pruned_weights_are_neither_trained_nor_quantised(baselines: Any, tmp_path: Path) -> None:
     old = baselines("llama")
     pruned = rounded(old[0], tmp_path / "new", lambda x: x * (torch.rand(x.shape) < 0.5))

@@ -197,6 +197,7 @@ def test_a_table_of_many_models(rows: list[Row], opened: Open, tmp_path: Path) -
     assert tab.locator(".matrix [aria-sort=ascending]").count() == 1
     number = 1 + sorted({row["law"] for row in rows}).index("residual/growth_rate")
     tab.evaluate("document.querySelector('.matrix-box').scrollTop = 0")
+    assert tab.evaluate("document.activeElement.title").startswith("residual/growth_rate:")
     first = drawn.nth(0).locator("td").nth(number - 1)
     assert first.get_attribute("class") == "fail"
     # A cell is a link to its law on its model, by keyboard too.
@@ -269,6 +270,12 @@ def test_packed_figures_are_filled_in_again() -> None:
     assert numbers == [0] and inflated(series) == [[0, 1, 2], [1.0, None, 3.0]]
 
 
+def test_what_is_no_number_in_a_frame_breaks_no_page() -> None:
+    figure = {"data": [], "layout": {"shapes": [{"y0": float("nan"), "y1": float("inf")}]}}
+    (frame,) = packed_figures([("one", [figure])])["frames"]
+    assert json.loads(frame)["layout"]["shapes"] == [{"y0": None, "y1": None}]
+
+
 def test_curves_stop_where_a_page_has_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reports.packed.CARRIED", 1000)
     figure = {"data": [{"y": np.random.default_rng(0).random(40).tolist()}], "layout": {}}
@@ -289,7 +296,11 @@ def test_steps_of_training_are_lines(rows: list[Row]) -> None:
     for text, found in (
         ("EleutherAI/pythia-70m:step1000", ("EleutherAI/pythia-70m", 1000)),
         ("pystdlib-3m-step-400", ("pystdlib-3m", 400)),
-        ("checkpoint-500", ("checkpoint-500", 500)),
+        ("checkpoint-500", ("one model", 500)),
+        ("step-500 (run 2)", ("one model (run 2)", 500)),
+        ("pythia:step1000 (run 2)", ("pythia (run 2)", 1000)),
+        ("arbiter-13b", None),
+        ("writer2", None),
         ("gpt2-xl", None),
     ):
         assert step_of({"model": text, "revision": None}) == found

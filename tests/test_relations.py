@@ -147,6 +147,12 @@ TOLD: dict[str, tuple[np.ndarray, Change, str, str]] = {
         "order",
         "all 64 columns there, in another order, and rounded",
     ),
+    "rows shuffled, some of them zero, eight bits": (
+        np.vstack([A, np.zeros((8, 64), np.float32)]),
+        lambda a: to_blocks(a[DICE.permutation(104)] + np.float32(1e-30), 127),
+        "order",
+        "all 104 rows there, in another order, and rounded",
+    ),
     "half of it zero": (
         A,
         lambda a: a * (DICE.random(a.shape) < 0.5).astype(np.float32),
@@ -222,6 +228,25 @@ def test_odd_arrays_end_in_no_traceback() -> None:
     assert not relation(A * 1e-9, (A * 1e-9).astype(np.float16)).is_same
     one, other = (DICE.integers(0, 2, (64, 1024)).astype(bool) for _ in range(2))
     assert relation(one, other).kind == "moved"
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, -3e38])
+def test_one_enormous_number_beside_noise_ends_in_a_sentence(value: float) -> None:
+    noisy = A + 0.001 * DICE.normal(size=A.shape).astype(np.float32)
+    noisy[3, 4] = value
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        with np.errstate(over="ignore"):
+            found = relation(A.astype(dtype), noisy.astype(dtype))
+        assert found.kind in ("moved", "low rank") and found.size > 1e20
+
+
+def test_a_difference_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tables are not held a second time."""
+    whole = relation(A, A + low_rank(3))
+    monkeypatch.setattr("streamgauge.compare.relations.CHUNK", 640)
+    assert relation(A, A + low_rank(3)).kind == whole.kind == "low rank"
+    turned = to_blocks(A[DICE.permutation(96)], 127)
+    assert "all 96 rows there" in relation(A, turned).says
 
 
 def test_rows_that_are_lost_or_twice_are_no_order() -> None:

@@ -95,6 +95,9 @@ def test_a_norm_scaled_by_hand_is_seen_at_the_next_look(events: Any, tmp_path: P
     )
     assert [step for step, _ in growth] == [10, 20, 30, 40]
     assert np.isfinite([value for _, value in growth]).all()
+    # The trainer's own losses of these very steps are there, too.
+    losses = next(own for name, own in curves.items() if name in ("train/loss", "loss"))
+    assert [step for step, _ in losses][:4] == [10, 20, 30, 40]
     share = next(values for name, values in curves.items() if name.endswith("share_of_time"))
     assert 0 < share[-1][1] <= 1
     kept = sorted((tmp_path / "out" / "streamgauge").iterdir())
@@ -106,6 +109,20 @@ def test_a_norm_scaled_by_hand_is_seen_at_the_next_look(events: Any, tmp_path: P
 def test_looks_take_no_more_than_their_share(tmp_path: Path) -> None:
     callback = trained(tmp_path / "out", None, 60, every=5, share=0.01)
     assert len(callback.looks) == 1  # and the next would not fit into a hundredth of the time
+
+
+def test_a_look_that_fails_costs_no_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("streamgauge.training.measure", full)
+    monkeypatch.setattr(tf.Trainer, "push_to_hub", full)
+    with pytest.warns(UserWarning, match="step 10: no space left"):
+        callback = trained(tmp_path / "out", None, 40, every=10, share=1e-9)
+    assert not callback.looks and callback.trainer.state.global_step == 40
+    assert callback._tried == 1  # what fails takes its share as well
 
 
 def test_a_broken_theorem_ends_the_training_where_that_is_asked(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_sarif_is_read_by_others(audited: Any, tmp_path: Path) -> None:
     read = Sarif.model_validate(said).runs[0]
     assert [result.level.value for result in read.results] == list(odd.values())
     assert {rule.id for rule in read.tool.driver.rules} == {row["law"] for row in rows}
-    assert read.results[0].message.text.startswith(HOSTILE)
+    assert read.results[0].message.text.startswith("<img src=x>|`\\](x)")
     own = json.loads((tmp_path / "report" / "report.sarif").read_text())
     assert own["version"] == "2.1.0" and own["runs"][0]["results"] == []
 
@@ -124,11 +124,17 @@ def test_a_card_says_what_was_asserted_and_of_what_it_was_made(
     ).rows
     made = (tmp_path / "report" / "card.md").read_text()
     head = made.split("---\n")[1].splitlines()
-    assert head == [f'base_model: "{old}"', "base_model_relation: quantized"]
+    assert head == ["base_model_relation: quantized"]  # a path would tell its readers nothing
+    named = [row | {"reproduce": "pytest --baseline somebody/model"} for row in rows]
+    assert "base_model: somebody/model\n" in card(named)
+    assert "---" not in card(rows + [row | {"model": "other"} for row in rows])
+    assert card([row | {"reproduce": "an 'open quote"} for row in rows])
     held = [row["law"] for row in rows if row["outcome"] == "pass"]
     assert f"{len(held)} laws hold (" in made and "1 regression" in made and "), 0 fail" in made
     assert "beside its baseline: a quantisation of it" in made
     assert hashlib.sha256((new / "model.safetensors").read_bytes()).hexdigest() in made
-    spoilt = card([row | {"model": HOSTILE, "reason": HOSTILE, "outcome": "fail"} for row in rows])
+    hostile = {"model": HOSTILE, "reason": HOSTILE, "outcome": "fail", "arithmetic": HOSTILE}
+    hostile |= {"versions": {HOSTILE: HOSTILE}, "weights_sha256": HOSTILE}
+    spoilt = card([row | hostile for row in rows])
     assert "<img" not in spoilt.replace("\\<", "") and "\n# no" not in spoilt
     shutil.rmtree(new)

@@ -40,9 +40,13 @@ class Matrix {
     const laws = this.laws.map((_, l) => l).filter((l) => models.some((n) => this.has(n, l)));
     [this.across, this.down] = this.few ? [models, laws] : [laws, models];
     this.ordered();
+    const [top, left] = [this.box.scrollTop, this.box.scrollLeft];
+    const focused = document.activeElement?.closest?.(".matrix thead button")?.title;
     this.box.replaceChildren(this.frame());
     this.body = this.box.querySelector("tbody");
-    this.draw();
+    this.draw(top);
+    this.box.scrollTo(left, top);
+    if (focused) [...this.box.querySelectorAll("thead button")].find((button) => button.title === focused)?.focus();
   }
 
   has(model, law) {
@@ -83,10 +87,10 @@ class Matrix {
     return h("table", { class: kind, "aria-rowcount": String(this.down.length + 1) }, h("thead", {}, top), h("tbody"));
   }
 
-  draw() {
+  draw(top = this.box.scrollTop) {
     const whole = this.few || this.printed;
-    const first = whole ? 0 : Math.max(0, Math.floor(this.box.scrollTop / ROW) - BESIDE);
-    const last = whole ? this.down.length : Math.min(this.down.length, first + Math.ceil(this.box.clientHeight / ROW) + 2 * BESIDE);
+    const first = whole ? 0 : Math.max(0, Math.min(Math.floor(top / ROW), this.down.length) - BESIDE);
+    const last = whole ? this.down.length : Math.min(this.down.length, first + Math.ceil(innerHeight / ROW) + 2 * BESIDE);
     const room = (lines) => h("tr", { class: "room", "aria-hidden": "true" }, h("td", { style: `height:${lines * ROW}px` }));
     const lines = this.down.slice(first, last).map((line, n) => this.line(line, first + n));
     const drawn = document.activeElement?.getAttribute("href");

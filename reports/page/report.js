@@ -77,6 +77,7 @@ async function start() {
     const nothing = some.length ? null : h("p", { class: "nothing" }, "Nothing fits this filter. ", h("a", { href: "#" }, "Show everything"));
     place.replaceChildren(...[nothing, troubles(data, some), unusual(data, some), matrix && tableSection(matrix, data)].filter(Boolean));
     matrix?.update(shown);
+    document.querySelectorAll("#models .js-plotly-plot").forEach((chart) => Plotly.purge(chart));
     document.getElementById("models").replaceChildren(...sections(wanted, shown));
   }
 
@@ -89,13 +90,16 @@ async function start() {
     show();
     if (wantedNow().model) document.getElementById("models").scrollIntoView();
   });
-  addEventListener("beforeprint", () => {
-    if (matrix) {
-      matrix.printed = true;
-      matrix.draw();
-    }
-    drawAll();
-  });
+  for (const event of ["beforeprint", "afterprint"]) {
+    addEventListener(event, () => {
+      if (matrix) {
+        matrix.printed = event === "beforeprint";
+        matrix.draw();
+      }
+      if (event === "beforeprint") drawAll();
+    });
+  }
+  addEventListener("resize", () => matrix?.draw());
   if (data.across.length) {
     across.append(h("h2", {}, "Across models"), h("div", { class: "figures" }, data.across.map((figure) => figureOf(data, figure, []))));
     watchCharts(across);
@@ -109,4 +113,6 @@ function tableSection(matrix, data) {
   return h("section", {}, h("h2", { id: "table" }, "Models and laws"), matrix.box, h("p", { class: "key" }, key));
 }
 
-start();
+start().catch((error) => {
+  document.getElementById("found").replaceChildren(h("p", { class: "nothing" }, `This page could not draw itself (${error.message}); summary.md beside it says what failed.`));
+});

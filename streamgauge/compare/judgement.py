@@ -35,6 +35,7 @@ NAMED = 3  # findings that the first sentence names
 BROAD = 0.8  # of a model's matrices are moved by training, or by rounding to few bits
 ALIKE = 0.2  # cosine of weights that have something in common; that of strangers is about 0
 OUTLIER = 5  # times the median of what rounding to few bits moved, and no rounding
+GREW = 1.0  # times its norm is what training moves a gain at most where matrices move less
 SCALED = 0.02  # training turns no matrix into so many times itself where others move less
 COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits move a third
 # What happened to some tokens' rows of a table shows on some inputs alone, and no function is
@@ -42,11 +43,9 @@ COARSE = 0.35  # what rounding to few bits moves of a matrix at most: 2 bits mov
 PARTIAL = ("rows", "range", "cut", "shape")
 SINGLE = ("numbers", "not finite")
 IDLE = 0.1  # nats a token that rows more in the tables may cost
-# What training does to no vector and no matrix.
-UNTRAINED = {"zero", "sign", "constant", "held", "missing", "new", "not finite", "order", "cut"}
-UNTRAINED |= {"pruned", "offset"}
 ROUNDED = ("few bits", "moved", "rounded to a dtype")  # what rounding to few bits looks like
-LEARNT = ("moved", "few bits", "rows", "padded", "low rank")  # what training looks like
+# What training looks like; of rows, what became of them has to.
+LEARNT = ("moved", "few bits", "low rank", "numbers", "padded", "rows")
 # Entries that say how weights are written, and nothing of a function that was seen to agree.
 LAYOUT = ("tie_word_embeddings", "vocab_size", "model_type")
 
@@ -326,22 +325,28 @@ def _trained(changes: list[Change]) -> tuple[str, str]:
     """
     matrices = [c for c in changes if c.is_matrix]
     moved = [c for c in matrices if not c.relation.is_same]
-    plain = [c for c in moved if c.relation.kind in LEARNT]
+    plain = [c for c in moved if _is_learnt(c)]
     # Training may be of some kinds of matrices alone, as adapters' mostly is, but of these in the
     # whole depth.
     roles = {role_of(c.name) for c in moved}
     trained = [c for c in matrices if role_of(c.name) in roles]
     if not moved:
         return _partly_trained(changes)
-    if not any(c.layer is not None for c in plain) or len(plain) < BROAD * len(moved):
+    if len(plain) < BROAD * len(moved):
         return "", ""
     usual = float(np.median([c.relation.size for c in plain]))
     odd = [c for c in changes if _is_odd(c, usual)]
-    is_adapted = all(c.relation.kind == "low rank" for c in plain) and not odd
+    is_adapted = not odd and all(
+        c.relation.kind == "low rank" and c.relation.size < COARSE for c in moved
+    )
     if len(moved) < BROAD * len(trained) and not is_adapted:
         return _partly_trained(changes)
+    if not is_adapted and not any(c.layer is not None for c in plain):
+        return "", ""
     cosine = float(np.mean([c.relation.cosine for c in plain]))
     if cosine < ALIKE:
+        if len(moved) < BROAD * len(matrices):
+            return "", ""
         return OTHER_MODEL, (
             f"another model of the same shape: its weights have nothing in common with the "
             f"baseline's (mean cosine {cosine:.2f})"
@@ -355,16 +360,25 @@ def _trained(changes: list[Change]) -> tuple[str, str]:
     )
 
 
+def _is_learnt(change: Change) -> bool:
+    """Whether what happened to a tensor has no name but training's."""
+    return change.relation.kind in LEARNT and change.relation.inner in ("", *LEARNT)
+
+
 def _is_odd(change: Change, usual: float) -> bool:
     """Whether training does this to no tensor, where matrices moved by so much."""
     told = change.relation
-    if told.kind in UNTRAINED:
-        return True
+    if told.is_same:
+        return False
     # Biases grow out of nothing, and in one direction; gains do not.
     is_gain = change.part == "norm" and not change.name.endswith("bias")
-    if told.factor is not None and (change.is_matrix or is_gain):
-        return abs(told.factor - 1) > max(SCALED, OUTLIER * usual)
-    return change.is_matrix and told.kind in LEARNT and told.size > max(COARSE, OUTLIER * usual)
+    is_bias = not change.is_matrix and not is_gain
+    if told.kind == "factor" and told.factor is not None:
+        return not is_bias and abs(told.factor - 1) > max(SCALED, OUTLIER * usual)
+    if not _is_learnt(change):
+        return True
+    limit = max(COARSE if change.is_matrix else GREW, OUTLIER * usual)
+    return not is_bias and not told.size <= limit
 
 
 def _partly_trained(changes: list[Change]) -> tuple[str, str]:
@@ -373,10 +387,15 @@ def _partly_trained(changes: list[Change]) -> tuple[str, str]:
     usual = float(np.median([c.relation.size for c in moved]))
     if len({c.layer for c in moved} - {None}) < 2 or any(_is_odd(c, usual) for c in moved):
         return "", ""
-    if any(c.relation.kind not in ("moved", "few bits", "low rank") for c in moved):
+    # Of a table a few rows are another matter, and so are a few numbers of a matrix.
+    plain = [c for c in moved if c.relation.kind in ("moved", "few bits", "low rank")]
+    rest = [c for c in moved if c not in plain]
+    if any(c.is_matrix or c.relation.kind != "numbers" for c in rest):
+        return "", ""
+    if not plain:
         return "", ""
     return PARTLY_TRAINED, (
-        f"moved in part: {_some([one.says for one in findings(moved)])}; the others are unchanged, "
+        f"moved in part: {_some([one.says for one in findings(plain)])}; the others are unchanged, "
         "as where they were frozen, or where files of two states of training were put together: "
         "which of the two is not known"
     )

@@ -14,6 +14,7 @@ from streamgauge.compare.rounding import UNIT
 
 CHUNK = 2**20  # numbers that are taken to fp64 at once
 FEW = 0.1  # is left of a difference, relative to the tensor, where it was rounded to few bits
+ROUGH = 0.3  # is left of a matrix that was rounded to four bits, at most
 MOST = 0.9  # of a tensor's numbers may lie in a range of it that differs
 SAMPLE = 2**16  # numbers by whose errors rounding is told
 MATCHED = 2**14  # rows at most that are looked for one by one
@@ -36,7 +37,8 @@ class Relation:
 
     kind: one word by which findings are put together (`same`, `rounded`, `factor`, `offset` …);
     says: the sentence; size: ‖new - old‖ / ‖old‖; cosine: of the two as vectors; factor: what every
-    number was multiplied by, where that is what happened.
+    number was multiplied by, where that is what happened; inner: of `rows` the kind of what became
+    of them.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Relation:
     size: float
     cosine: float = 1.0
     factor: float | None = None
+    inner: str = ""
 
     @property
     def is_same(self) -> bool:
@@ -276,7 +279,7 @@ def _few_rows(old: np.ndarray, new: np.ndarray, word: str) -> Told:
     says = inner.says if inner.kind != "numbers" else "in single numbers"
     if inner.kind == "rows":  # whose numbers would be those of another count
         says = f"moved by {inner.size:.3g} times their norm"
-    return {"kind": "rows", "says": f"{where}: {says}"}
+    return {"kind": "rows", "says": f"{where}: {says}", "inner": inner.kind}
 
 
 def _numbers(rows: np.ndarray) -> str:
@@ -318,7 +321,7 @@ def _dead_lines(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         if len(dead):
             count = new.shape[1 - axis]
             says = f"{len(dead):,} of {count:,} {word}s differ ({_numbers(dead)}): all zero"
-            return {"kind": "rows", "says": f"{says}, and others moved as well"}
+            return {"kind": "rows", "says": f"{says}, and others moved as well", "inner": "zero"}
     return None
 
 
@@ -402,18 +405,38 @@ def _low_rank(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
     sizes = np.linalg.eigvalsh(rows @ rows.T)
     if share > 0.25 or sizes[:-most].sum() > 2 * share * sizes.sum():
         return None
-    moved = new.astype(np.float32) - old.astype(np.float32)
+    scale = np.float32(np.sqrt(moments.moved / moments.count))  # so that no square overflows
     draws = np.random.default_rng(0).standard_normal((old.shape[1], most + 8), np.float32)
-    basis = np.linalg.qr(moved @ draws)[0]
-    inside = basis.T @ moved
-    outside = float(np.square(moved - basis @ inside, dtype=np.float64).sum())
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.concatenate([d @ draws for _, d in _differences(old, new, scale)])
+        if not np.isfinite(found).all():
+            return None
+        basis = np.linalg.qr(found)[0]
+        inside = sum(basis[place].T @ d for place, d in _differences(old, new, scale))
+        outside = sum(
+            float(np.square(d - basis[place] @ inside, dtype=np.float64).sum())
+            for place, d in _differences(old, new, scale)
+        )
+    if not np.isfinite(inside).all():
+        return None
+    outside /= moments.count
     # What is left without the smaller ones has to be what rounding leaves.
-    squares = np.linalg.svd(inside, compute_uv=False).astype(np.float64) ** 2
-    left = (outside + np.cumsum(squares[::-1])[::-1]) / moments.moved
+    squares = np.linalg.svd(inside, compute_uv=False).astype(np.float64) ** 2 / moments.count
+    left = outside + np.cumsum(squares[::-1])[::-1]
     rank = int((left > share).sum())
-    if outside / moments.moved > share or not 0 < rank <= most:
+    if not outside <= share or not 0 < rank <= most:
         return None
     return {"kind": "low rank", "says": f"{_moved(moments)}, by a matrix of about rank {rank}"}
+
+
+def _differences(
+    old: np.ndarray, new: np.ndarray, scale: np.float32
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """What was added, over a scale, in fp32: some rows at a time."""
+    rows = max(1, CHUNK // old.shape[1])
+    for start in range(0, len(old), rows):
+        place = slice(start, start + rows)
+        yield place, (new[place].astype(np.float32) - old[place].astype(np.float32)) / scale
 
 
 def _order(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
@@ -444,23 +467,36 @@ def _order_rounded(old: np.ndarray, new: np.ndarray, moments: _Moments) -> Told:
         if order is None or not _is_order(order) or (order == np.arange(len(order))).all():
             continue
         left = float(np.sqrt(_moments(a[order], b).moved / moments.old))
-        if left < FEW:
+        if left < ROUGH:
             return {"kind": "order", "says": f"{_say_order(order, word)}, and rounded"}
     return None
 
 
 def _nearest(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
     """Which row of the old is the most like each of the new, (rows,), by their angles in a few
-    random directions; None where the first rows show that none is like any.
+    random directions; None where the first rows show that none is like any. Rows of zeros are each
+    other's in their order.
     """
-    width = old.shape[1]
-    directions = np.random.default_rng(0).standard_normal((width, PROBES), np.float32)
-    one, other = (x.astype(np.float32) @ directions for x in (old, new))
-    one, other = (x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-30) for x in (one, other))
-    if ((other[:PROBES] @ one.T).max(1) < 1 - FEW).any():
+    directions = np.random.default_rng(0).standard_normal((old.shape[1], PROBES), np.float32)
+    step = max(1, CHUNK // old.shape[1])
+
+    def projected(x: np.ndarray) -> np.ndarray:
+        parts = (x[n : n + step].astype(np.float32) for n in range(0, len(x), step))
+        return np.concatenate([part @ directions for part in parts])
+
+    one, other = projected(old), projected(new)
+    norms = [np.linalg.norm(x, axis=1)[:, None] for x in (one, other)]
+    zeros = [np.flatnonzero(norm == 0) for norm in norms]
+    if len(zeros[0]) != len(zeros[1]):
+        return None
+    one, other = (x / np.maximum(norm, 1e-30) for x, norm in zip((one, other), norms, strict=True))
+    first = other[norms[1][:, 0] > 0][:PROBES]
+    if not len(first) or ((first @ one.T).max(1) < 1 - FEW).any():
         return None
     parts = [other[n : n + PROBES] @ one.T for n in range(0, len(other), PROBES)]
-    return np.concatenate([part.argmax(1) for part in parts])
+    order = np.concatenate([part.argmax(1) for part in parts])
+    order[zeros[1]] = zeros[0]
+    return order
 
 
 def _permutation(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
@@ -611,10 +647,10 @@ _TOLD = (
     _order,
     _turned,
     _centred,
+    _order_rounded,
     _dead_lines,
     _scaled,
     _low_rank,
     _few_bits,
-    _order_rounded,
     _rotated,
 )

@@ -112,10 +112,10 @@ def _resized(before: np.ndarray, after: np.ndarray) -> Relation:
     inner = relation(before[:rows], after[:rows])
     is_longer = len(after) > len(before)
     kind = ("padded" if is_longer else "cut") if inner.is_same else "shape"
-    if is_longer and inner.kind in ("moved", "few bits", "low rank"):
+    if is_longer and inner.kind in ("moved", "few bits", "low rank", "rows"):
         kind = inner.kind  # of a table that got tokens more while it was trained
     says = f"{shapes}; the {rows:,} rows that both have: {inner.says}"
-    return Relation(kind, says, inner.size, inner.cosine)
+    return Relation(kind, says, inner.size, inner.cosine, inner=inner.inner)
 
 
 def _sample(values: np.ndarray) -> np.ndarray:
