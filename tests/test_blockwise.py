@@ -3,8 +3,6 @@ few blocks are in memory.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from streamgauge.errors import UnknownModelError
 from streamgauge.groups.sampling import enough_prompts
 from streamgauge.numerics.rows import Prompts
 from tests import models
+from tests.packed import carried_rows
 
 IDS = torch.tensor([[1, *range(10 * k, 10 * k + 7)] for k in range(3)])
-CORE = ("stream", "neurons", "weights", "random_input")
 
 
 def opened(folder: Path) -> Blockwise:
@@ -190,40 +188,6 @@ def test_a_stream_that_changes_between_blocks_is_followed() -> None:
     torch.testing.assert_close(model.logits(IDS, batch.stream), expected)
 
 
-def _peak(folder: Path) -> int:
-    """Of a measurement in a process of its own, which keeps nothing for later."""
-    code = (
-        "from streamgauge import measure; from streamgauge.engine import memory; "
-        "memory.KEPT = memory.GROWN = 0; "
-        f"print(measure({str(folder)!r}, groups={CORE!r}).metadata['peak_private_bytes'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("gpt-neox-parallel", torch.float32), ("llama", torch.bfloat16)]
-)
-def test_memory_does_not_grow_with_depth(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    width, peaks = 640, []
-    for depth in (2, 18):
-        config = models.ARCHITECTURES[name].config()
-        config.update(
-            {
-                "hidden_size": width,
-                "intermediate_size": 4 * width,
-                "num_hidden_layers": depth,
-                "num_key_value_heads": 4,
-            }
-        )
-        model = models.tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        peaks.append(_peak(models.save(model, tmp_path / str(depth))))
-    block = 4 * 12 * width**2  # bytes in fp32, about: attention 4 width², MLP 8 or 12 width²
-    # Sixteen more blocks would be sixteen more if they were held, and four if only the copies of
-    # their fused tensors were.
-    assert peaks[1] - peaks[0] < 3 * block
-
-
 def test_only_the_groups_that_are_asked_for(tmp_path: Path) -> None:
     folder = models.save(models.gpt2(3), tmp_path)
     rows = Prompts([[1, 5, 9, 11, 12, 13, 14, 15]] * 2, "test", 1)
@@ -305,7 +269,7 @@ def test_precision_on_the_command_line(audit: Callable[..., Any], tmp_path: Path
     row = found.row("residual/growth_rate")
     assert 100 < int(row["of"].split()[2]) < 400  # tokens of eight prompts, where all 64 have 1,982
     assert "--precision 0.5" in row["reproduce"] and row["outcome"] == "pass"
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "GB of memory of its own" in page and "random input <span" in page
+    (model,) = carried_rows(tmp_path / "report" / "report.html")["models"]
+    assert model["cost"]["peak"] > 0 and "random input" in dict(model["cost"]["parts"])
     refused = audit("--model", "pystdlib-3m", "--precision", "0")
     assert refused.exit == 4 and "--precision 0.0 is no width of an interval" in refused.output

@@ -477,7 +477,7 @@ def test_a_few_numbers_of_a_gain_are_no_damage_in_bf16(baselines: Any, tmp_path:
     nudged(files, [n for n in files.of_layer(3) + files.of_layer(4) if "norm" not in n], 0.1)
     files.layer = 3
     gain = files["ln2"].clone()
-    gain[:3] *= 1.0078125
+    gain[[1, 7, 20]] *= 1.0078125
     files["ln2"] = gain
     verdict = verdict_on(old, files.write(tmp_path / "new"))
     assert verdict.kind == PARTLY_TRAINED, verdict.says

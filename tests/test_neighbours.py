@@ -386,10 +386,9 @@ def test_what_is_said_of_a_repair() -> None:
 
 
 FOUND = {
-    "W_out with its sign turned": (15, "layer 15 mlp: with the sign of W_out turned"),
     "queries for keys": (15, "layer 15 attn: with W_Q, W_K and W_V read as W_K, W_Q, W_V"),
     "scores not scaled": (0, "the whole model: with config.json with scale_attn_weights True"),
-}
+}  # docs/neighbours.md has all of them
 
 
 @pytest.mark.parametrize("name", FOUND)
