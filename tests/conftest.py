@@ -72,10 +72,13 @@ def audit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Au
 
 @pytest.fixture
 def run_pytest(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run pytest as its own process in the clone, as a user would."""
+    """Run pytest as its own process in the clone, as a user would, but for the search for repairs,
+    which takes as long as the rest.
+    """
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
+        command += [] if "--neighbours" in command else ["--neighbours", "none"]
         return subprocess.run(
             command,
             cwd=ROOT,

@@ -77,6 +77,7 @@ class Matrix {
       const sorted = this.sort.by === by ? (this.sort.down ? "descending" : "ascending") : "none";
       const turn = () => {
         this.sort = { by, down: this.sort.by === by ? !this.sort.down : true };
+        this.box.scrollTop = 0;
         this.update(this.shown);
       };
       const title = `${label}: sort by its values`;
