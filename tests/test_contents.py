@@ -250,6 +250,24 @@ def test_a_head_that_no_configuration_ties_is_sound(tmp_path: Path, audit: Audit
     assert audit("--model", folder, "-k", "integrity").rows[0]["outcome"] == "pass"
 
 
+def test_a_dead_expert_is_found_however_experts_are_stored(tmp_path: Path, audit: Auditing) -> None:
+    """One by one, or all of a layer as one tensor."""
+    config = models.tf.GptOssConfig(
+        **models.GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8
+    )
+    stacked = models.tf.GptOssForCausalLM(config)
+    apart = models.random_model("mixtral")
+    for number, model in enumerate((stacked, apart)):
+        folder = models.save(model, tmp_path / f"sound-{number}")
+        assert audit("--model", folder, "-k", "integrity").rows[0]["outcome"] == "pass"
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj[2].zero_()
+        folder = models.save(model, tmp_path / f"dead-{number}")
+        row = audit("--model", folder, "-k", "integrity").rows[0]
+        assert row["outcome"] == "fail" and "is all zero" in row["reason"], row
+        assert "expert 2" in row["reason"] or "experts.2." in row["reason"]
+
+
 def test_a_tied_head_that_is_written_out_is_sound(tmp_path: Path, audit: Auditing) -> None:
     config = models.tf.LlamaConfig(**models.GROUPED, tie_word_embeddings=True)
     folder = models.save(models.tf.LlamaForCausalLM(config), tmp_path / "model")

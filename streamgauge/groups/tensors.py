@@ -90,7 +90,8 @@ class Tensors:
             return
         if tensor.dim() > 1 and self.norms[name]:
             self._find_runs(name, tensor)
-        if LAYER.search(f".{name}") and tensor.dim() > 1:
+        # Biases of all experts are one matrix.
+        if LAYER.search(f".{name}") and tensor.dim() > 1 and not name.endswith("bias"):
             self._compare(name, tensor)
 
     def _find_runs(self, name: str, tensor: "torch.Tensor") -> None:
@@ -107,6 +108,10 @@ class Tensors:
         if self.norms[name] == 0:
             self.problems["dead"].append(f"{name} is all zero")
             return
+        if tensor.dim() > 2 and "expert" in name:
+            # Experts that are alike may rightly be: a dense model was made into a sparse one.
+            dead = (~tensor.flatten(1).any(1)).nonzero()[:, 0].tolist()
+            self.problems["dead"] += [f"{name}: expert {number} is all zero" for number in dead]
         others = self.distinct[role_of(name), self.norms[name]]
         twin = next((other for other in others if torch.equal(self.tensors[other], tensor)), None)
         if twin is None:
