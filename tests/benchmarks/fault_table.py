@@ -35,6 +35,7 @@ Made by `python -m tests.benchmarks.fault_table`.
 
 
 TESTED = """
+
 Prompts in another order, other batches and another number of threads, which add up in another order
 as another machine would, are compared in `tests/test_regression.py`: quiet.
 """
