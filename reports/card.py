@@ -46,7 +46,8 @@ def _of(model: str, rows: list[Row]) -> str:
         "",
     ]
     lines += [f"- {text(r['law'])}: {text(r['reason'])}" for r in rows if r["outcome"] == "fail"]
-    lines += _verdict(rows)
+    verdict = _verdict(rows)
+    lines += [f"- beside its baseline: {text(verdict['of'])}"] if verdict else []
     if first["weights_sha256"]:
         lines.append(f"- sha256 of the weights: {text(first['weights_sha256'])}")
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
@@ -55,14 +56,14 @@ def _of(model: str, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _verdict(rows: list[Row]) -> list[str]:
-    row = next((row for row in rows if row["law"] == "regression/verdict" and row["of"]), None)
-    return [f"- beside its baseline: {text(row['of'])}"] if row else []
+def _verdict(rows: list[Row]) -> Row | None:
+    """The row that says what a model is to its baseline, where there is one."""
+    return next((row for row in rows if row["law"] == "regression/verdict" and row["of"]), None)
 
 
 def _metadata(rows: list[Row]) -> list[str]:
     """The front matter that says what a model was made from, where the verdict tells it."""
-    row = next((row for row in rows if row["law"] == "regression/verdict" and row["of"]), None)
+    row = _verdict(rows)
     relation = row and next((v for k, v in RELATIONS.items() if row["of"].startswith(k)), None)
     if not row or not relation:
         return []
