@@ -200,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
         default=0.05,
         help="the chance that a sound checkpoint fails in some law (default: 0.05)",
     )
+    calibrating.add_argument(
+        "--successive",
+        action="store_true",
+        help="each record is of a further trained state of the one before: how far the next may "
+        "move, and its loss rise, is calibrated too (--baseline --same trained)",
+    )
     calibrating.set_defaults(run=_calibrate)
 
     reporting = commands.add_parser(
@@ -389,7 +395,8 @@ def _lines(found: "Comparison", everything: bool) -> list[str]:
 def _calibrate(options: argparse.Namespace) -> None:
     from streamgauge.calibrate import calibrate
 
-    print("\n".join(calibrate(options.records, options.output, options.rate)))
+    said = calibrate(options.records, options.output, options.rate, successive=options.successive)
+    print("\n".join(said))
 
 
 def _report(options: argparse.Namespace) -> None:

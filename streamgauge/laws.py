@@ -12,7 +12,8 @@ KINDS = ("theorem", "phenomenon", "reference", "regression")
 @dataclass(frozen=True)
 class Law:
     """A law as its file states it: id (`residual/growth_rate`), kind, claim, formula, source, where
-    it applies.
+    it applies, and whether an adopter may declare its band: no theorem's, and of regressions
+    where the test asks for a band instead of stating a bound that is derived.
     """
 
     id: str
@@ -21,6 +22,7 @@ class Law:
     formula: str
     source: str
     applies_to: str
+    takes_band: bool
 
 
 def invariants_folder() -> Path:
@@ -46,19 +48,21 @@ def _read(folder: Path) -> Iterator[Law]:
         formula, _, rest = rest.partition("\nSource:")
         source, _, applies_to = rest.partition("\nApplies to:")
         name = f"{path.parent.name}/{path.stem.removeprefix('test_')}"
-        yield Law(
-            name,
-            _kind(module),
-            *(" ".join(part.split()) for part in (claim, formula, source, applies_to)),
+        tests = [
+            node
+            for node in module.body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        ]
+        kind = _kind(tests)
+        asks = any(one.arg == "band" for test in tests for one in test.args.args)
+        takes_band = kind not in ("theorem", "regression") or (kind == "regression" and asks)
+        claim, formula, source, applies_to = (
+            " ".join(part.split()) for part in (claim, formula, source, applies_to)
         )
+        yield Law(name, kind, claim, formula, source, applies_to, takes_band)
 
 
-def _kind(module: ast.Module) -> str:
+def _kind(tests: list[ast.FunctionDef]) -> str:
     """The pytest marker of the file's one test."""
-    tests = [
-        node
-        for node in module.body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
     marks = [d.attr for test in tests for d in test.decorator_list if isinstance(d, ast.Attribute)]
     return next((mark for mark in marks if mark in KINDS), "")

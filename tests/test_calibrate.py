@@ -2,6 +2,7 @@
 another sound one then fails.
 """
 
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import scipy.stats
 from streamgauge.numerics.calibration import calibrated, prediction_interval
 from streamgauge.record import Record
 from tests.conftest import ROOT
-from tests.records import replaced
+from tests.records import replaced, sound_record
 
 HISTORY = ROOT / "fixtures" / "bundled" / "history"
 LATE = [HISTORY / f"step-{n:05}.safetensors" for n in (700, 1200, 2000, 2800, 3500)]
@@ -125,3 +126,59 @@ def test_records_on_other_prompts_are_refused(run_streamgauge: Running, tmp_path
     )
     assert done.returncode == 1
     assert "have other prompts" in done.stderr
+
+
+def test_releases_that_follow_one_another_say_how_far_the_next_may_move(
+    run_streamgauge: Running, run_pytest: Running, tmp_path: Path
+) -> None:
+    releases = [sound_record()]
+
+    def release(name: str, moved: float, rise: float) -> Path:
+        last = releases[-1]
+        dice = np.random.default_rng(100 + len(releases))
+        sketches = last.array("sketch/parameters")
+        arrays = {
+            "sketch/parameters": sketches + moved * dice.normal(size=sketches.shape),
+            "prediction/loss": last.array("prediction/loss") + np.float32(rise),
+        }
+        releases.append(replaced(last, arrays))
+        path = tmp_path / f"{name}.safetensors"
+        releases[-1].save(path)
+        return path
+
+    sizes = [(0.1, 0.0), (0.11, -0.011), (0.09, -0.012), (0.1, -0.01), (0.105, -0.009)]
+    paths = [release(f"v{n}", *size) for n, size in enumerate(sizes, 1)]
+    own = tmp_path / "own" / "streamgauge.toml"
+    own.parent.mkdir()
+    done = run_streamgauge("calibrate", "--successive", *paths, "-o", own)
+    assert done.returncode == 0, done.stderr
+    bands = {band["law"]: band for band in tomllib.loads(own.read_text())["band"]}
+    how_it_moved = {"regression/loss", "regression/movement"}
+    assert set(bands) == {"predictions/beats_unigram", *how_it_moved}
+    assert all("low" not in bands[law] for law in how_it_moved)
+    assert 0.1 < bands["regression/movement"]["high"] < 0.5
+    assert -0.009 < bands["regression/loss"]["high"] < 0.01
+
+    def outcomes(new: Path, last: Path) -> dict[str, str]:
+        asked = (
+            "--record",
+            new,
+            "--baseline",
+            last,
+            "--same",
+            "trained",
+            "--report",
+            tmp_path / "r",
+        )
+        run_pytest(ROOT / "invariants" / "regression", "--rootdir", own.parent, *asked)
+        lines = (tmp_path / "r" / "rows.jsonl").read_text().splitlines()
+        return {row["law"]: row["outcome"] for row in map(json.loads, lines)}
+
+    good = outcomes(release("v6", 0.1, -0.01), paths[-1])
+    assert good["regression/movement"] == good["regression/loss"] == "pass"
+    far = outcomes(release("v7", 0.6, 0.2), tmp_path / "v6.safetensors")
+    assert far["regression/verdict"] == "pass"  # it is a trained state of the same model
+    assert far["regression/movement"] == far["regression/loss"] == "fail"
+    few = run_streamgauge("calibrate", "--successive", *paths[:4], "-o", tmp_path / "few.toml")
+    assert few.returncode == 4
+    assert "4 records are too few" in few.stderr and "give 5 or more" in few.stderr

@@ -68,7 +68,7 @@ COVERED = {
         f"regression/{kind}"
         for kind in (
             *("config", "weights", "norms", "activations", "predictions"),
-            *("verdict", "loss"),
+            *("verdict", "loss", "movement"),
         )
     ],
     "depth: layer horizon": ["depth/layer_horizon", "depth/loss_falls_with_horizon"],

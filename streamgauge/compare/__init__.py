@@ -16,6 +16,7 @@ from streamgauge.compare.all_kinds import differences, table
 from streamgauge.compare.config import compare_config
 from streamgauge.compare.difference import Difference, beyond, verdict
 from streamgauge.compare.judgement import ACCEPTED, Contents, judge, refuse_where_free
+from streamgauge.compare.movement import movement
 from streamgauge.compare.norms import compare_norms
 from streamgauge.compare.predictions import compare_predictions, mean_losses, rows_to_share
 from streamgauge.compare.weights import compare_weights
@@ -33,6 +34,7 @@ __all__ = [
     "differences",
     "judge",
     "mean_losses",
+    "movement",
     "refuse_routers",
     "refuse_where_free",
     "rows_to_share",
