@@ -12,7 +12,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from streamgauge.catalogued import location, part
 from streamgauge.errors import (
@@ -97,16 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     instrument.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
     measuring = commands.add_parser(
-        "measure", parents=[instrument], help="measure a checkpoint and write its record"
+        "measure", parents=[instrument], help="measure checkpoints and write their records"
     )
-    measuring.add_argument("model", help="a folder, a catalogued name or a hub repository")
     measuring.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the record, FILE.safetensors",
+        "models", nargs="+", metavar="MODEL", help="a folder, a catalogued name or a hub repository"
+    )
+    measuring.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the record, FILE.safetensors"
+    )
+    measuring.add_argument(
+        "--store",
+        metavar="DIR_OR_URL",
+        help="or keep records here, where `pytest --store` finds them; what is there is not "
+        "measured again",
+    )
+    measuring.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="measure on a Ray cluster: this one, or the one at hand, or else one of this machine; "
+        "put it behind the models",
     )
     measuring.add_argument("--revision", help="a branch, tag or commit of a hub repository")
     measuring.add_argument(
@@ -153,8 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("new", help="likewise")
     comparing.add_argument(
         "--store",
-        type=Path,
-        metavar="DIR",
+        metavar="DIR_OR_URL",
         help="keep records here (default: the platform's cache folder)",
     )
     comparing.add_argument(
@@ -251,32 +261,69 @@ def _laws(options: argparse.Namespace) -> None:
         )
 
 
-def _measure(options: argparse.Namespace) -> None:
+def _measure(options: argparse.Namespace) -> int:
+    if (options.store is None) == (options.output is None):
+        raise SettingsError("name one place for what is measured: -o FILE, or --store.")
+    opening = {"allow_pickle": options.allow_pickle, "verify": options.verify}
+    measuring = {
+        "prompts": options.prompts,
+        "device": options.device,
+        "horizons": options.horizons,
+        "precision": options.precision,
+        "neighbours": options.neighbours,
+    }
+    if options.store is None:
+        _measure_one(options, opening, measuring)
+        return 0
+    return _measure_into_store(options, opening, measuring)
+
+
+def _measure_one(
+    options: argparse.Namespace, opening: dict[str, Any], measuring: dict[str, Any]
+) -> None:
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.measure import measure
     from streamgauge.record import Record
 
+    if len(options.models) > 1 or options.ray is not None:
+        raise SettingsError("-o takes the record of one model measured here; name a --store.")
     if options.output.is_dir():
         raise SettingsError(f"{options.output} is a folder; name a file with -o.")
     if options.output.is_file():
         Record.load(options.output)  # raises where somebody else's file would be overwritten
-    checkpoint = open_checkpoint(
-        location(options.model),
-        options.revision,
-        allow_pickle=options.allow_pickle,
-        verify=options.verify,
-    )
-    record = measure(
-        checkpoint,
-        prompts=options.prompts,
-        device=options.device,
-        horizons=options.horizons,
-        precision=options.precision,
-        neighbours=options.neighbours,
-        show=True,
-    )
+    checkpoint = open_checkpoint(location(options.models[0]), options.revision, **opening)
+    record = measure(checkpoint, show=True, **measuring)
     record.save(options.output)
     print(f"{options.output}: {record.n_layers} layers, {record.metadata['seconds']} s")
+
+
+def _measure_into_store(
+    options: argparse.Namespace, opening: dict[str, Any], measuring: dict[str, Any]
+) -> int:
+    """Measure what a store lacks, here or on a cluster; a model that cannot be measured keeps none
+    of the others from it.
+    """
+    from streamgauge.cluster import Asked, job_of, measured, measured_here
+    from streamgauge.progress import track
+    from streamgauge.store import Store
+
+    asked = Asked(Store.at(options.store), opening, measuring)
+    asked.store.prepare()
+    jobs = [job_of(name, location(name), options.revision) for name in options.models]
+    arrivals = (
+        measured_here(jobs, asked) if options.ray is None else measured(jobs, asked, options.ray)
+    )
+    found = [next(arrivals) for _ in track(range(len(jobs)), "records", options.ray is not None)]
+    problems = [one for one in found if one.problem]
+    for one in problems:
+        print(f"streamgauge: {one.key}: {one.problem}", file=sys.stderr)
+    new, again = sum(one.measured for one in found), sum(one.starts > 1 for one in found)
+    print(
+        f"{asked.store}: {new} measured, {len(found) - new - len(problems)} were there, "
+        f"{len(problems)} could not be measured"
+        + (f"; {again} begun again after a node was lost" if again else "")
+    )
+    return FAILED if problems else 0
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -302,14 +349,14 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from streamgauge.diff import diff
-    from streamgauge.store import Store, default_store
+    from streamgauge.store import Store
 
     bounds = _bounds(options.within)
     if options.search is not None and not 0 <= options.search <= MOST_DRAWS:
         raise SettingsError(
             f"--search {options.search} is no number of draws; give 0 to {MOST_DRAWS:,}."
         )
-    store = Store(options.store or default_store())
+    store = Store.at(options.store)
     store.prepare()
     found = diff(
         options.old,

@@ -104,9 +104,9 @@ def measure(
     tokens hypothesis draws for the laws that hold of any; 0 leaves them out. rows: token ids to
     measure on instead of any text. known: an earlier record of the same checkpoint and prompts,
     whose groups are taken over where they are as this instrument would measure them. store: a
-    folder of records, as --store names it: the record of this very checkpoint is taken from there
-    where it holds what is asked for, and what is measured is added to it; `known` counts where
-    there is none. show: progress on stderr, by default in notebooks alone.
+    folder or URL of records, as --store names it: the record of this very checkpoint is taken from
+    there where it holds what is asked for, and what is measured is added to it; `known` counts
+    where there is none. show: progress on stderr, by default in notebooks alone.
     Raises UnknownModelError, CheckpointError, HubError, PromptError, StoreError, NotInstalledError,
     or NotMeasured where files change meanwhile, each with one sentence for the user.
 
@@ -155,7 +155,7 @@ def measure(
     if store is None:
         return _measure(asked, known)
     if not isinstance(store, Store):
-        store = Store(Path(store).expanduser())
+        store = Store.at(store)
         store.prepare("store=")
     return _stored(asked, known, store, store.key(checkpoint, prompts, device, rows, precision))
 

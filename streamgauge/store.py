@@ -14,6 +14,7 @@ from streamgauge.checkpoints.untrusted import TEXTS
 from streamgauge.errors import RecordError, StoreError
 from streamgauge.numerics.rows import Prompts
 from streamgauge.record import Record, write_whole
+from streamgauge.remote import fetch, forget, is_url, prepare_url, send
 
 __all__ = ["Store", "default_store", "prepare_folder", "prepare_report"]
 
@@ -61,31 +62,56 @@ def prepare_report(folder: Path, option: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of records. Processes may share it: files appear whole or not at all."""
+    """A folder of records. Processes may share it: files appear whole or not at all.
+
+    url: where records are instead, as fsspec names it (s3://…), for machines that share them; what
+    a machine needs for itself, hashes and conversions, stays in the folder.
+    """
 
     folder: Path
+    url: str | None = None
+
+    @classmethod
+    def at(cls, place: str | Path | None) -> "Store":
+        """The store in a folder or behind a URL, by default in the platform's cache folder."""
+        if isinstance(place, str) and is_url(place):
+            return cls(default_store(), place.rstrip("/"))
+        return cls(default_store() if not place else Path(place).expanduser())
+
+    def __str__(self) -> str:
+        return self.url or str(self.folder)
 
     def prepare(self, option: str = "--store") -> None:
         """Make the folder and see that it can be written. Raises StoreError."""
         prepare_folder(self.folder, "the store", option)
+        if self.url:
+            prepare_url(self.url, option)
 
     def find(self, key: str) -> Record | None:
         """The record that is kept under a key; None for a damaged one, which is deleted."""
         path = self._path(key)
-        if not path.is_file():
+        if not self.url and not path.is_file():
             return None
         try:
-            return Record.load(path)
+            return fetch(self._address(key)) if self.url else Record.load(path)
         except RecordError:
+            if self.url:
+                forget(self._address(key))
             path.unlink(missing_ok=True)
             return None
 
     def keep(self, key: str, record: Record) -> None:
         """Keep a record under a key; where there is no room for it, that is said and no more."""
         try:
-            record.save(self._path(key))
+            if self.url:
+                send(self._address(key), record)
+            else:
+                record.save(self._path(key))
         except StoreError as error:
             warnings.warn(f"streamgauge: {error} The record is used and not kept.", stacklevel=4)
+
+    def _address(self, key: str) -> str:
+        return f"{self.url}/records/{key}.safetensors"
 
     def _path(self, key: str) -> Path:
         return self.folder / "records" / f"{key}.safetensors"
