@@ -92,7 +92,10 @@ def calibrate(
         output.write_text(HEAD + "\n" + _toml(bands, windows, source), encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{output} cannot be written ({error.strerror}).") from error
-    said += [f"{law}: {low:.4g} to {high:.4g}" for law, (low, high) in bands.items()]
+    said += [
+        f"{law}: {f'at most {high:.4g}' if law in ABOVE else f'{low:.4g} to {high:.4g}'}"
+        for law, (low, high) in bands.items()
+    ]
     return [*said, f"{output}: {len(bands)} bands; by chance {rate:.0%} of sound checkpoints fail"]
 
 

@@ -7,16 +7,25 @@ installed, and see checkpoints by the same paths, or fetch them from the hub.
 
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from streamgauge.checkpoints.files import open_checkpoint, stored_shapes
-from streamgauge.errors import NotInstalledError, NotMeasured, SettingsError, StreamgaugeError
+from streamgauge.checkpoints.files import Checkpoint, open_checkpoint, stored_shapes
+from streamgauge.errors import (
+    NotInstalledError,
+    NotMeasured,
+    SettingsError,
+    StoreError,
+    StreamgaugeError,
+    first_line,
+)
 from streamgauge.measure import measure
+from streamgauge.numerics.circuits import Task
 from streamgauge.numerics.names import layer_of
 from streamgauge.store import Store
 
@@ -24,17 +33,20 @@ RETRIES = 2  # of a checkpoint whose node died
 BASE, BLOCKS = 1.5e9, 3  # bytes that a measurement stays below, and blocks: docs/performance.md
 PER_PROCESSOR = 4e9  # bytes of fp32 weights for which one more is asked
 FP32 = 4  # bytes a number
+ANSWERS = 10.0  # seconds within which a cluster does
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint to measure. key: what its caller calls it; size: bytes of its weights in fp32;
-    memory: bytes that measuring takes; both 0 where its files are not at hand.
+    """One checkpoint to measure. key: what its caller calls it; tasks: on which heads are patched;
+    size: bytes of its weights in fp32; memory: bytes that measuring takes; both 0 where its files
+    are not at hand.
     """
 
     key: str
     location: str | Path
     revision: str | None = None
+    tasks: tuple[Task, ...] = ()
     size: float = 0
     memory: float = 0
 
@@ -65,23 +77,31 @@ class Asked:
     measuring: dict[str, Any] = field(default_factory=dict)
 
 
-def job_of(key: str, location: str | Path, revision: str | None = None) -> Job:
-    """A job, with what its files say it takes; a hub model is taken as it comes."""
-    if not Path(location).exists():
-        return Job(key, location, revision)
-    location = Path(location).absolute()
+def job_of(
+    key: str, location: str | Path, revision: str | None = None, tasks: Sequence[Task] = ()
+) -> Job:
+    """A job, with what its files say it takes; what is not in safetensors here is taken as it
+    comes.
+    """
+    location = Path(location).absolute() if Path(location).exists() else location
+    job = Job(key, location, revision, tuple(tasks))
+    if not Path(location).is_dir():
+        return job
     try:
-        shapes = stored_shapes(open_checkpoint(location))
+        size, memory = size_and_memory(open_checkpoint(location))
     except StreamgaugeError:
-        return Job(key, location, revision)  # its node will say what is wrong with it
-    sizes = {name: FP32 * math.prod(shape) for name, shape in shapes.items()}
-    blocks: dict[int | None, float] = {}
-    for name, size in sizes.items():
-        blocks[layer_of(name)] = blocks.get(layer_of(name), 0) + size
-    largest = max((size for layer, size in blocks.items() if layer is not None), default=0.0)
+        return job  # its node will say what is wrong with it
     # In whole GB: Ray keeps workers for each size that is asked for.
-    memory = math.ceil((BASE + BLOCKS * largest) / 1e9) * 1e9
-    return Job(key, location, revision, sum(sizes.values()), memory)
+    return replace(job, size=size, memory=math.ceil(memory / 1e9) * 1e9)
+
+
+def size_and_memory(checkpoint: Checkpoint) -> tuple[float, float]:
+    """Bytes of its weights in fp32, and those that measuring it stays below."""
+    blocks: dict[int | None, float] = {}
+    for name, shape in stored_shapes(checkpoint).items():
+        blocks[layer_of(name)] = blocks.get(layer_of(name), 0) + FP32 * math.prod(shape)
+    largest = max((size for layer, size in blocks.items() if layer is not None), default=0.0)
+    return sum(blocks.values()), BASE + BLOCKS * largest
 
 
 def measured(jobs: Sequence[Job], asked: Asked, address: str) -> Iterator[Arrival]:
@@ -107,19 +127,20 @@ def measured(jobs: Sequence[Job], asked: Asked, address: str) -> Iterator[Arriva
             done, _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(done[0])
             begun = ray.get(starts.of.remote(job.key))
-            yield _arrival(ray, done[0], job, begun)
+            yield _arrival(ray, done[0], job, begun, asked.store)
 
 
 def measured_here(jobs: Sequence[Job], asked: Asked) -> Iterator[Arrival]:
     """The same one after another in this process."""
     for job in jobs:
         try:
-            yield Arrival(job.key, _into_store(job, asked, show=True))
+            yield Arrival(job.key, _into_store(job, asked, show=True)[1])
         except StreamgaugeError as error:
             yield Arrival(job.key, problem=error)
 
 
-def _arrival(ray: Any, task: Any, job: Job, starts: int) -> Arrival:
+def _arrival(ray: Any, task: Any, job: Job, starts: int, store: Store) -> Arrival:
+    found: tuple[str, bool] | StreamgaugeError
     try:
         found = ray.get(task)
     except ray.exceptions.RayTaskError as error:  # a fault of ours, on a node
@@ -131,7 +152,13 @@ def _arrival(ray: Any, task: Any, job: Job, starts: int) -> Arrival:
         )
     if isinstance(found, StreamgaugeError):
         return Arrival(job.key, starts=starts, problem=found)
-    return Arrival(job.key, found, starts)
+    if store.find(found[0]) is None:
+        lost = StoreError(
+            f"its node put the record into {store}, and here it is not there: name a store that "
+            "all machines share, a folder or a URL."
+        )
+        return Arrival(job.key, starts=starts, problem=lost)
+    return Arrival(job.key, found[1], starts)
 
 
 class _Starts:
@@ -149,7 +176,7 @@ class _Starts:
         return self.counts.get(key, 0)
 
 
-def _measure(job: Job, asked: Asked, starts: Any) -> bool | StreamgaugeError:
+def _measure(job: Job, asked: Asked, starts: Any) -> tuple[str, bool] | StreamgaugeError:
     """On a node: the same as a task, whose refusals come back as what they are."""
     import ray
 
@@ -161,8 +188,10 @@ def _measure(job: Job, asked: Asked, starts: Any) -> bool | StreamgaugeError:
         return error
 
 
-def _into_store(job: Job, asked: Asked, *, show: bool) -> bool:
-    """Put a checkpoint's record into the store. Returns whether that took a measurement."""
+def _into_store(job: Job, asked: Asked, *, show: bool) -> tuple[str, bool]:
+    """Put a checkpoint's record into the store. Returns its key there, and whether that took a
+    measurement.
+    """
     opening = asked.opening | {"store": asked.store.folder}
     checkpoint = open_checkpoint(job.location, job.revision, **opening)
     how = asked.measuring
@@ -170,8 +199,8 @@ def _into_store(job: Job, asked: Asked, *, show: bool) -> bool:
         checkpoint, how.get("prompts"), how.get("device", "cpu"), precision=how.get("precision")
     )
     before = asked.store.find(key)
-    after = measure(checkpoint, store=asked.store, show=show, **how)
-    return before is None or before.groups != after.groups
+    after = measure(checkpoint, store=asked.store, tasks=job.tasks, show=show, **how)
+    return key, before is None or before.groups != after.groups
 
 
 def _beside_this(ray: Any) -> dict[str, Any]:
@@ -199,6 +228,13 @@ def _needs(job: Job, nodes: list[dict[str, float]], device: str) -> Any:
     return needs if device == "cpu" else needs | {"num_gpus": 1}
 
 
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray would try for two minutes and end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), ANSWERS).close()
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     if find_spec("ray") is None:
@@ -210,11 +246,12 @@ def _connected(address: str) -> Iterator[Any]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone unasked
     try:
+        _knock(address)
         ray.init(address=address or None, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise SettingsError(
-            f"no Ray cluster answers at {address} ({error}); give the address of one, or none for "
-            "one on this machine."
+            f"no Ray cluster answers at {address} ({first_line(error)}); give the address of one, "
+            "as 10.0.0.1:6379, or none for one on this machine."
         ) from error
     try:
         yield ray

@@ -14,6 +14,7 @@ MODULES = (
     "fixtures.baseline",
     "fixtures.adopter",
     "fixtures.distribution",
+    "fixtures.fleet",
     "fixtures.records",
     "fixtures.check",
     "fixtures.rows",
