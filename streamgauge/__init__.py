@@ -4,13 +4,14 @@ to hold.
 
 from typing import Any
 
+from streamgauge.charts import figures
 from streamgauge.errors import StreamgaugeError
 from streamgauge.measure import measure
 from streamgauge.record import Record
 from streamgauge.verdicts import verdicts
 
 __version__ = "0.1.0"
-__all__ = ["Record", "StreamgaugeError", "TrainerCallback", "measure", "verdicts"]
+__all__ = ["Record", "StreamgaugeError", "TrainerCallback", "figures", "measure", "verdicts"]
 
 
 def __getattr__(name: str) -> Any:

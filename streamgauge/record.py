@@ -146,12 +146,24 @@ import json
 import uuid
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamgauge.errors import NotApplicable, NotMeasured, RecordError, StoreError
+from streamgauge.errors import (
+    NotApplicable,
+    NotInstalledError,
+    NotMeasured,
+    RecordError,
+    StoreError,
+)
+from streamgauge.numerics.growth import growth_rates, mean_rate, measured_window
+from streamgauge.verdicts import verdicts
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMAT = "streamgauge-record-1"
 STREAM = (
@@ -193,6 +205,7 @@ ARRAYS = [
     for g, names in ({"stream": STREAM, "weights": WEIGHTS} | OTHERS).items()
     for name in names.split()
 ]
+AXES = {"tokens": ("layer", "token"), "heads": ("layer", "head"), "layers": ("layer",)}
 FIRST_INSTRUMENT = {"stream": 1, "weights": 1}  # what records hold that do not say
 
 
@@ -346,6 +359,57 @@ class Record:
         """
         aggregate: str | None = self.metadata.get("aggregate")
         return aggregate or f"{int(self.is_text.sum()):,} tokens"
+
+    def growth_rate(self, first: int, last: int) -> float:
+        """How fast the stream's norm grows a layer from one layer's input to another's: the
+        geometric mean over text tokens, as the law `residual/growth_rate` takes it.
+
+        Raises NotApplicable where the record does not cover these layers or blocks do more than
+        add, NotMeasured where it has no text.
+        """
+        norms = self.text_resid
+        window = measured_window(norms, (first, last))
+        return mean_rate(growth_rates(norms, window))
+
+    def to_dataframe(self, rows: str = "tokens") -> "pandas.DataFrame":
+        """A tidy pandas table: one row a layer and token, a layer and head, or a layer; a column
+        for every array of that shape, called as in the record. Keys' and values' heads are left
+        out where they are fewer than queries'.
+
+        rows: `tokens`, `heads` or `layers`. Raises ValueError for anything else, and
+        NotInstalledError without pandas.
+        """
+        if rows not in AXES:
+            raise ValueError(f"rows is one of {', '.join(AXES)}, and not {rows!r}")
+        if find_spec("pandas") is None:
+            raise NotInstalledError("a data frame needs pandas, which is not installed.")
+        import pandas
+
+        names = [name for name in sorted(self.arrays) if self._rows_of(name) == rows]
+        shapes = {self.arrays[name].shape for name in names}
+        shape = max(shapes, default=(0,))
+        kept = {n: self.arrays[n].reshape(-1) for n in names if self.arrays[n].shape == shape}
+        places = np.indices(shape).reshape(len(shape), -1)
+        index: dict[str, np.ndarray] = dict(zip(AXES[rows], places, strict=False))
+        if rows == "tokens":
+            about = ("prompt", "position", "is_bos", "is_padding")
+            index |= {name: self.arrays[f"stream/{name}"][index["token"]] for name in about}
+        return pandas.DataFrame(index | kept)
+
+    def _rows_of(self, name: str) -> str | None:
+        """What an array has one number for, by its shape and its name's first part."""
+        shape, tokens = self.arrays[name].shape, self.arrays.get("stream/position", np.empty(0))
+        if shape == (self.n_layers,):
+            return "layers"
+        if len(shape) != 2 or shape[0] != self.n_layers:
+            return None
+        if name.startswith("weights/W_"):
+            return "heads"
+        return "tokens" if shape[1] == len(tokens) else None
+
+    def verdicts(self, baseline: "Record | None" = None) -> list[dict[str, Any]]:
+        """What the laws say of it: the rows of an audit, one a law (see `streamgauge.verdicts`)."""
+        return verdicts(self, baseline)
 
     def require_pre_norm(self) -> None:
         """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""

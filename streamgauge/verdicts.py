@@ -5,14 +5,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamgauge.errors import StreamgaugeError
 from streamgauge.laws import invariants_folder
-from streamgauge.record import Record
+
+if TYPE_CHECKING:
+    from streamgauge.record import Record
 
 
-def verdicts(record: Record, baseline: Record | None = None) -> list[dict[str, Any]]:
+def verdicts(record: "Record", baseline: "Record | None" = None) -> list[dict[str, Any]]:
     """The rows of an audit of a record, one a law, as rows.jsonl holds them
     (reports/row.schema.json), beside a baseline if one is given.
 

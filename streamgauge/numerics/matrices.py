@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.errors import CheckpointError, NotApplicable
 from streamgauge.numerics.convention import expand_heads, fold_reading, fold_writing
-from streamgauge.record import Record
+
+if TYPE_CHECKING:
+    from streamgauge.record import Record
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Matrices:
     """
 
     read: Callable[[str], np.ndarray]
-    record: Record
+    record: "Record"
 
     @property
     def centres(self) -> bool:
