@@ -51,16 +51,16 @@ GROUPS = {
     "weights": 5,
     "neurons": 1,
     "sublayers": 3,
-    "random_input": 2,
+    "random_input": 3,
     "padding": 1,
-    "horizon": 2,
-    "sublayer_effect": 4,
+    "horizon": 3,
+    "sublayer_effect": 5,
     "patching": 1,
     "sketch": 2,
     "prediction": 2,
     "rounding": 3,
     "neighbours": 3,
-    "draws": 1,
+    "draws": 2,
 }
 NOT_SKIPPED = (
     "not measured: leaving out each block in turn costs half a forward pass for every layer"

@@ -149,7 +149,8 @@ def _read_weights(plan: Plan, early: random_input.EarlyInputs, checkpoint: Check
     if plan.needs("sketch"):
         plan.visitors["sketch"] = sketch.heads_group(heads)
     if plan.needs("random_input"):
-        group = random_input.RandomInputGroup(plan.model, plan.layout, early, heads)
+        tokens = sum(map(len, plan.rows.rows))
+        group = random_input.RandomInputGroup(plan.model, plan.layout, early, heads, tokens)
         plan.visitors["random_input"] = group
 
 

@@ -15,7 +15,7 @@ from streamgauge.engine.forward import PromptRun
 from streamgauge.engine.layout import probe_layout
 from streamgauge.groups.horizon import Horizons
 from streamgauge.groups.sublayer_effect import STRIDE, SublayerEffects
-from streamgauge.numerics.horizons import Variant, all_variants, default_grid
+from streamgauge.numerics.horizons import DEFAULT, Variant, all_variants, default_grid
 from streamgauge.numerics.rows import Prompts
 from tests import models
 
@@ -114,6 +114,13 @@ class ByHand:
         return -odds.mean(1).numpy()
 
 
+@pytest.fixture(autouse=True)
+def at_every_position(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Of these models the unembedding is a large part, and few positions would be looked at."""
+    if "sparse" not in request.node.name:
+        monkeypatch.setattr(CleanRuns, "sparsity", lambda self, unembedded, share: 1)
+
+
 def _measured(name: str) -> tuple[Any, Any, Prompts]:
     model = models.blockwise(models.random_model(name))
     return model, probe_layout(model), Prompts(ROWS, "test", 1)
@@ -164,6 +171,34 @@ def test_shallow_models_are_cut_too(n_layers: int) -> None:
     for found, k in zip(arrays[f"loss.{Variant().name}"], arrays["k"], strict=True):
         np.testing.assert_allclose(
             found, by_hand.loss(Variant(), int(k)), rtol=1e-4, err_msg=str(k)
+        )
+
+
+def test_sparse_losses_are_those_of_every_so_manyth_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _, prompts = _measured("gpt2")
+    monkeypatch.setattr(CleanRuns, "sparsity", lambda self, unembedded, share: 3)
+    found = _horizons(model, prompts, [DEFAULT])
+    with torch.no_grad():
+        logits = models.random_model("gpt2")(input_ids=torch.tensor(ROWS)).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, 2:-1:3].flatten(0, 1), torch.tensor(ROWS)[:, 3::3].flatten(), reduction="none"
+    ).view(len(ROWS), -1)
+    np.testing.assert_allclose(found["clean_loss"], losses.mean(1), rtol=1e-5)
+    np.testing.assert_array_equal(found["tokens"], losses.shape[1])
+
+
+def test_sparse_positions_keep_to_their_share_of_a_pass() -> None:
+    model, _, prompts = _measured("gpt2")
+    clean = CleanRuns(PromptRun(model, prompts, []))
+    tokens, positions = sum(map(len, prompts.rows)), sum(len(row) - 1 for row in prompts.rows)
+    for unembedded, share in ((14, 0.3), (6, 0.25), (1, 10.0)):
+        every = clean.sparsity(unembedded, share)
+        cost = unembedded * positions / every * model.head
+        assert cost <= share * tokens * (model.n_layers + model.head)
+        assert every == 1 or cost * every / (every - 1) > share * tokens * (
+            model.n_layers + model.head
         )
 
 

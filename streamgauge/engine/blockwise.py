@@ -200,6 +200,12 @@ class Blockwise:
         """The unembedding's rows as the file has them, (d_vocab, d_model)."""
         return self.mapped.unembedding
 
+    @property
+    def head(self) -> float:
+        """What the unembedding costs, in blocks."""
+        per_block = sum(self.mapped.stored[name].numel() for name in self.names_in(0))
+        return float(self.unembedding.numel() / per_block)
+
     def in_parts(self, ids: "torch.Tensor") -> list[slice]:
         """Slices of rows whose logits are LOGITS numbers at most, or single rows."""
         size = max(1, LOGITS // (len(self.unembedding) * ids.shape[1]))

@@ -1,5 +1,6 @@
 """Some of the prompts as the model runs them, with the stream at every layer kept."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-ROWS = 16  # prompts on which horizons are tried
+ROWS = 8  # prompts on which horizons are tried
 
 
 TOKENS = 4096  # of them at most: their streams at every layer are kept
@@ -73,6 +74,15 @@ class CleanRuns:
         self.streams: list[list[torch.Tensor]] = [[] for _ in run.batches]
         self.means: list[torch.Tensor] = []
         self._keep()
+
+    def sparsity(self, unembedded: int, share: float) -> int:
+        """Of how many positions one is to be looked at, where each is unembedded so often, if that
+        is to cost no more than a share of a forward pass over all prompts.
+        """
+        head, tokens = self.model.head, sum(map(len, self.run.prompts.rows))
+        own = sum(len(self.run.prompts.rows[row]) - 1 for row in self.rows)
+        budget = share * tokens * (self.model.n_layers + head)
+        return max(1, math.ceil(unembedded * own * head / budget))
 
     def visit(self, layer: int) -> None:
         """Keep what the block made of the stream."""

@@ -57,7 +57,9 @@ NOT_DRAWN = {
 # Parameters that choose among others, by their names.
 CHOOSING = re.compile(r"router|expert|indexer")
 CHOOSES = "it chooses among experts or tokens, and rounding alone may turn a choice"
-FEW = 4  # draws that are rescaled, and that the whole model is run on: the shortest, the longest
+# Draws that are kept of POOL times as many: one nearly as long as any, and others as long as all
+# together have no more tokens than this for each.
+TOKENS, POOL, LONG = 16, 4, 2 / 3
 WHOLE = 512  # tokens of these at most: scores of all heads are held at once
 COPIES = 3  # of a draw: itself, with another end, with noise
 STREAMS = 2**29  # bytes of streams that are held
@@ -105,7 +107,8 @@ class DrawsGroup:
         names = (name for layer in range(model.n_layers) for name in model.names_in(layer))
         self.chooses = any(CHOOSING.search(name) for name in names)
         by_length = sorted(range(len(draws)), key=lambda n: len(draws[n].ids))
-        self.few = [*by_length[:1], *by_length[1:][1 - FEW :]]
+        # Those that are rescaled, and that the whole model is run on: the shortest and the longest.
+        self.few = list(dict.fromkeys([by_length[0], by_length[-1]]))
         self.blind = (
             [ScaleBlindness(model, layout, list(draws[n].ids)) for n in self.few]
             if is_scale_blind(layout) and not self.chooses and "scale_blindness" in laws
@@ -130,19 +133,17 @@ class DrawsGroup:
             self.model.anatomies[layer],
             self.model.mapped.model.config.get_text_config(),
         )
+        allowed = []
         for n, draw in enumerate(self.draws):
             clean, other, noisy = (self._stream(n, copy) for copy in range(COPIES))
-            allowed = self._allowed(noisy, clean)
+            allowed.append(self._allowed(noisy, clean))
             change = _change(other[: draw.kept], clean[: draw.kept])
-            self.ratios["causality"][n, layer] = change / allowed
-            if not self.twins:
-                continue
-            self.model.bring(self.twins[n], layer)
-            values = twin(draw, parts, self.model, layer, self.twins[n])
-            with parts.having(values):
-                stream = self.model.step(self.twins[n], layer)[0]
-            if values:
-                self.ratios[draw.twin][n, layer] = _change(stream, clean) / allowed
+            self.ratios["causality"][n, layer] = change / allowed[n]
+        for kind in TWINS if self.twins else ():
+            alike = [n for n, draw in enumerate(self.draws) if draw.twin == kind]
+            changes = self._through_twin(layer, parts, alike)
+            for n, change in zip(alike, changes, strict=False):
+                self.ratios[kind][n, layer] = change / allowed[n]
 
     def found(self) -> Found:
         """Arrays of the group, and why others are absent."""
@@ -158,6 +159,23 @@ class DrawsGroup:
             for name, why in reasons.items()
             if name not in kept and name not in self.failed
         }
+
+    def _through_twin(self, layer: int, parts: Parts, alike: list[int]) -> list[float]:
+        """How streams of draws of one kind change where the block's parts change places, as the
+        first of them says; nothing where it has others besides.
+        """
+        if not alike:
+            return []
+        batches = [self.twins[n] for n in alike]
+        for batch in batches:
+            self.model.bring(batch, layer)
+        values = twin(self.draws[alike[0]], parts, self.model, layer, batches[0])
+        with parts.having(values):
+            streams = self.model.step_together(batches, layer)
+        if not values:
+            return []
+        pairs = zip(alike, streams, strict=True)
+        return [_change(stream[0], self._stream(n, 0)) for n, stream in pairs]
 
     def _stream(self, draw: int, copy: int) -> "torch.Tensor":
         batch, n = self.place[COPIES * draw + copy]
@@ -221,13 +239,12 @@ class DrawsGroup:
         """What the whole model makes of a few draws beside each other, with a cache, and with
         another implementation of attention, held to the walk over the blocks.
         """
-        clean = [self._stream(n, 0) for n in self.few]
-        noisy = [self._stream(n, 2) for n in self.few]
-        allowed = [self._allowed(b, a) for a, b in zip(clean, noisy, strict=True)]
         found: dict[str, np.ndarray] = {}
         wanted = [] if self.chooses else [name for name in WAYS if name in self.laws]
-        few = [replace(self.draws[n], ids=self.draws[n].ids[:WHOLE]) for n in self.few]
         for name in wanted:
+            # A batch needs rows of several lengths; the others would run the short one filled up.
+            chosen = self.few if name == "batch" else self.few[-1:]
+            few = [replace(self.draws[n], ids=self.draws[n].ids[:WHOLE]) for n in chosen]
             try:
                 streams = WAYS[name](self.model, few)
             except strange(CheckpointError, NotImplementedError) as error:
@@ -236,9 +253,9 @@ class DrawsGroup:
             if streams is None:
                 continue
             ratios = found[name] = np.full((len(self.draws), 1), -1.0)
-            for place, n in enumerate(self.few):
-                own = clean[place][: len(streams[place])]
-                ratios[n] = _change(streams[place], own) / allowed[place]
+            for stream, n in zip(streams, chosen, strict=True):
+                clean, noisy = self._stream(n, 0), self._stream(n, 2)
+                ratios[n] = _change(stream, clean[: len(stream)]) / self._allowed(noisy, clean)
         return found
 
 
@@ -401,14 +418,27 @@ WAYS: "dict[str, Callable[[Blockwise, Sequence[Draw]], list[torch.Tensor] | None
 
 
 def draws_group(model: Blockwise, layout: Layout, texts: Prompts, drawn: int) -> DrawsGroup:
-    """So many draws for a model, or fewer where one would be there twice, or they would not fit."""
+    """So many draws for a model, or fewer where one would be there twice, or they would not fit.
+
+    Those of one kind of twin have one seed, so that they go through one block.
+    """
     from streamgauge.strategies import all_draws
 
-    most = STREAMS // (4 * (COPIES + 1) * layout.d_model)  # tokens
+    most = min(TOKENS * drawn, STREAMS // (4 * (COPIES + 1) * layout.d_model))
+    pool = all_draws(sequences(model, texts, drawn), POOL * drawn)
+    # One that shows what goes wrong far from the beginning, the simplest, and as many short ones as
+    # there is room for.
+    longest = max(len(one.ids) for one in pool)
+    far = [one for one in pool if len(one.ids) > LONG * longest][:1]
+    pool = list(dict.fromkeys([*far, *pool]))
+    pool[2:] = sorted(pool[2:], key=lambda one: not 1 < len(one.ids) <= TOKENS)
     kept: list[Draw] = []
-    for number, draw in enumerate(all_draws(sequences(model, texts, drawn), drawn)):
-        if sum(len(one.ids) for one in kept) + len(draw.ids) <= most:
-            kept.append(replace(draw, twin=TWINS[number % len(TWINS)]))
+    for draw in pool:
+        fits = sum(len(one.ids) for one in kept) + len(draw.ids) <= most
+        if len(kept) < drawn and (fits or not kept):
+            number = len(kept) % len(TWINS)
+            seed = kept[number].seed if len(kept) >= len(TWINS) else draw.seed
+            kept.append(replace(draw, twin=TWINS[number], seed=seed))
     return DrawsGroup(model, layout, kept)
 
 

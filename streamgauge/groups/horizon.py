@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 WINDOWS = 2**28  # bytes of streams that horizons keep at once
+UNEMBEDDED = 0.2  # of a pass over all prompts that unembedding for losses may cost
 
 
 class Horizons:
@@ -32,6 +33,10 @@ class Horizons:
     def __init__(self, clean: CleanRuns, variants: list[Variant]) -> None:
         self.clean, self.model, self.variants = clean, clean.model, variants
         self.grid = default_grid(self.model.n_layers)
+        # Losses at every so-manyth position, the same at all horizons, whose differences count.
+        shortest = min((len(clean.run.prompts.rows[row]) for row in clean.rows), default=2)
+        sparse = clean.sparsity(len(self.grid), UNEMBEDDED)
+        self.every = max(1, min(sparse, shortest - 1))
         self.calls: dict[tuple[int, int], Batch] = {}
         self.parts = [(variant, numbers) for variant in variants for numbers in self._shares()]
         self.lanes = self._lanes(*self.parts[0])
@@ -66,7 +71,7 @@ class Horizons:
             self.clean.members, self.clean.ids, self.clean.streams, strict=True
         ):
             clean[members] = self._loss(ids, streams[-1])
-        tokens = np.array([len(row) - 1 for row in prompts], np.int32)
+        tokens = np.array([(len(row) - 1) // self.every for row in prompts], np.int32)
         arrays = {"k": np.array(self.grid, np.int32), "clean_loss": clean, "tokens": tokens}
         losses = {variant: np.tile(clean, (len(self.grid), 1)) for variant in self.variants}
         for part in self.parts:
@@ -126,7 +131,7 @@ class Horizons:
 
         with torch.no_grad():
             return (
-                np.asarray(token_losses(self.model, ids, stream).mean(1))
+                np.asarray(token_losses(self.model, ids, stream, self.every).mean(1))
                 if len(ids)
                 else np.zeros(0)
             )

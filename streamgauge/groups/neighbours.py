@@ -140,8 +140,7 @@ class Search:
         ]
         self.clean: list[np.ndarray] = []  # sums of losses by row, of each heat
         self.tokens: list[np.ndarray] = []
-        per_block = sum(model.mapped.stored[name].numel() for name in model.names_in(0))
-        self.head = model.unembedding.numel() / per_block  # what the head costs, in blocks
+        self.head = model.head
         # Of so many positions one is unembedded, so that it takes no longer than the blocks do,
         # half of which a change in the middle leaves as they were.
         self.every = min(SPARSEST, max(1, round(2 * self.head / model.n_layers)))
@@ -608,7 +607,7 @@ def measure_neighbours(
         arrays["skew"].append(skew)
     counted = unigram_loss([np.array(row) for row in search.rows])
     passes = search.spent / ((model.n_layers + search.head) * sum(map(len, prompts.rows)))
-    said = {
+    said: dict[str, Any] = {
         "kinds": [candidate.kind for candidate in kept],
         "search": "all" if to_the_end else "default",
         "text": text.source,

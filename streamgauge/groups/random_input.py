@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EARLY = slice(1, 7)  # positions 1 to 6, whose vectors are resampled
 EARLY_PROMPTS = 32  # how many prompts lend theirs; 192 values a coordinate
-PRECISION = 0.005  # standard error of each layer's mean norm, relative to it
-BATCH, MOST_BATCHES = 512, 64
+PRECISION = 0.01  # standard error of each layer's mean norm, relative to it
+BATCH = 512
 KEPT_BATCHES = 4  # of the Gaussian sequence, which every layer is given from its start
 SHORT = f"no prompt has positions {EARLY.start} to {EARLY.stop - 1}"
 
@@ -62,11 +62,17 @@ class RandomInputGroup:
     early: whose inputs are resampled. heads: by layer, W_V and W_O or why they cannot be had. Every
     layer is given vectors of one Gaussian sequence from its start, so layers differ by their
     weights. Batches are drawn until the standard error of the mean norm is below PRECISION of it,
-    at most MOST_BATCHES.
+    of Gaussian vectors as long as they are fewer than the tokens of the prompts, so that they cost
+    no more than these. Of resampled ones there is one batch: laws read their activation rate, which
+    that many numbers know well, while the few tokens with massive activations give their norms
+    tails that no number of them would average out.
     """
 
-    def __init__(self, model: Blockwise, layout: Layout, early: EarlyInputs, heads: Heads) -> None:
+    def __init__(
+        self, model: Blockwise, layout: Layout, early: EarlyInputs, heads: Heads, tokens: int
+    ) -> None:
         self.model, self.layout, self.early, self.heads = model, layout, early, heads
+        self.most = max(1, tokens // BATCH)
         self.layers: list[dict[str, np.ndarray]] = []
 
     def visit(self, layer: int) -> None:
@@ -77,10 +83,10 @@ class RandomInputGroup:
         heads = self.heads.of(layer)
         plain = layer in self.layout.with_plain_attention
         if heads and plain and layer in self.layout.norms_before("attn"):
-            found |= _measure_attention(self.model, self.layout, layer, heads)
+            found |= _measure_attention(self.model, self.layout, layer, heads, self.most)
         if layer in self.layout.norms_before("mlp"):
             early = self.early.inputs.pop(layer, [])
-            found |= _measure_mlp(self.model, self.layout, layer, early)
+            found |= _measure_mlp(self.model, self.layout, layer, early, self.most)
         self.layers.append(found)
 
     def found(self) -> Found:
@@ -108,18 +114,18 @@ def _names(kind: str) -> list[str]:
 
 
 def _measure_attention(
-    model: Blockwise, layout: Layout, layer: int, heads: "dict[str, torch.Tensor]"
+    model: Blockwise, layout: Layout, layer: int, heads: "dict[str, torch.Tensor]", most: int
 ) -> dict[str, np.ndarray]:
     sample = _gaussian(layout, layer, model.device, for_mlp=False)
 
     def answer(x: "torch.Tensor") -> "torch.Tensor":
         return layout.centre(_attention(model, layout, layer, heads, x))
 
-    return _respond("attn", sample, answer, None)
+    return _respond("attn", sample, answer, None, most)
 
 
 def _measure_mlp(
-    model: Blockwise, layout: Layout, layer: int, early: "list[torch.Tensor]"
+    model: Blockwise, layout: Layout, layer: int, early: "list[torch.Tensor]", most: int
 ) -> dict[str, np.ndarray]:
     rates: list[float] = []
     has_neurons = layer in layout.with_neurons
@@ -132,10 +138,10 @@ def _measure_mlp(
 
     with model.hooked([(f"blocks.{layer}.mlp.hook_pre", note)] if has_neurons else ()):
         gaussian = _gaussian(layout, layer, model.device, for_mlp=True)
-        found = _respond("mlp", gaussian, answer, rates if has_neurons else None)
+        found = _respond("mlp", gaussian, answer, rates if has_neurons else None, most)
         if early:
             resampled = _resampled(model, layout, layer, early)
-            found |= _respond("resampled", resampled, answer, rates if has_neurons else None)
+            found |= _respond("resampled", resampled, answer, rates if has_neurons else None, 1)
     return found
 
 
@@ -144,16 +150,17 @@ def _respond(
     sample: Sampler,
     answer: "Callable[[torch.Tensor], torch.Tensor]",
     rates: list[float] | None,
+    most: int,
 ) -> dict[str, np.ndarray]:
-    """Mean norm of the answers, its standard error and the number of samples; the activation rate
-    where one was read.
+    """Mean norm of the answers, its standard error and the number of samples, of so many batches at
+    most; the activation rate where one was read.
     """
     import torch
 
     norms: list[np.ndarray] = []
     if rates is not None:
         rates.clear()
-    for batch in range(MOST_BATCHES):
+    for batch in range(most):
         answers = answer(sample(batch)[:, None])[:, 0]
         norms.append(torch.linalg.vector_norm(answers, dim=-1).double().cpu().numpy())
         every = np.concatenate(norms)
@@ -205,12 +212,20 @@ def _resampled(
     pool = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in early])  # (tokens, d_model)
 
     def sample(batch: int) -> "torch.Tensor":
-        numbers = np.random.default_rng(batch).integers(len(pool), size=(BATCH, pool.shape[1]))
-        chosen = torch.from_numpy(numbers)
+        chosen = _places(len(pool), pool.shape[1], batch)
         normalised: torch.Tensor = norm(torch.gather(pool, 0, chosen.to(pool.device)))
         return normalised
 
     return sample
+
+
+@lru_cache(1)
+def _places(rows: int, columns: int, batch: int) -> "torch.Tensor":
+    """For each number of a batch, the row that it is taken from."""
+    import torch
+
+    numbers = np.random.default_rng(batch).integers(rows, size=(BATCH, columns))
+    return torch.from_numpy(numbers)
 
 
 def _attention(

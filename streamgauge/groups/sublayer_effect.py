@@ -13,6 +13,7 @@ from streamgauge.engine.layout import Layout, probe_norm
 from streamgauge.engine.mapped import VOCABULARY_ROWS
 from streamgauge.engine.memory import give_back
 from streamgauge.groups.reasons import NOTHING, lacking, only_said
+from streamgauge.numerics.rounding import UNIT
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,8 @@ LOGITS = 2**23  # held at once, several times over
 TINY = 1e-300  # a zero residual has no parts: 0 / 0 is 0
 SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
 PROBED = 1.01  # leaves room for the rounding of a factor so found
-STRIDE = (
-    4  # of a prompt's predictions every fourth is looked at: each costs two unembeddings a sublayer
-)
+STRIDE = 4  # of a prompt's predictions every fourth at most is looked at
+UNEMBEDDED = 0.15  # of a pass over all prompts that unembedding without sublayers may cost
 
 
 class SublayerEffects:
@@ -33,15 +33,17 @@ class SublayerEffects:
 
     Each output is taken out of the final residual, which the last norm and the unembedding then
     read: once as it is, and once with the norm dividing by what it divides the full residual by
-    (frozen).
+    (frozen). One unembedding serves both where the head is a matrix and no more, since the two
+    differ by a factor then.
     """
 
     def __init__(self, layout: Layout, clean: CleanRuns) -> None:
         import torch
 
         self.layout, self.clean, self.model = layout, clean, clean.model
+        stride = max(STRIDE, clean.sparsity(len(KINDS) * self.model.n_layers, UNEMBEDDED))
         self.chosen = [
-            torch.arange(0, ids.shape[1] - 1, STRIDE, device=ids.device) for ids in clean.ids
+            torch.arange(0, ids.shape[1] - 1, stride, device=ids.device) for ids in clean.ids
         ]
         self.kept: list[dict[str, list[torch.Tensor]]] = [
             {kind: [] for kind in KINDS} for _ in clean.ids
@@ -146,11 +148,8 @@ class _Run:
             "share": (centred * final).sum(-1) / final.square().sum(-1).clamp_min(TINY),
             "size": torch.linalg.vector_norm(centred, dim=-1) / scale[..., 0],
         }
-        full = norm(self.final[None])
-        found["kl"], found["loss"] = self._changes(full, norm(self.final - self.outputs))
-        found["frozen_kl"], found["frozen_loss"] = self._changes(
-            full, (full - gain * centred / scale).float()
-        )
+        frozen = (norm(self.final[None]) - gain * centred / scale).float()
+        found |= self._changes(norm(self.final[None]), frozen, norm(self.final - self.outputs))
         return {
             f"{kind}_{name}": values[row].flatten(1).double().cpu().numpy()
             for row, kind in enumerate(KINDS)
@@ -177,48 +176,71 @@ class _Run:
         )
         small = SMALL * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
         probes = torch.stack([0 * small, small]).to(self.final).expand(*self.final.shape[:2], 2, -1)
-        moved = self._predict(probes.movedim(2, 0))
+        moved = self._logits(probes.movedim(2, 0))
         expected = torch.cat([part.cpu().float() @ small for part in parts]) - mean @ small
         difference = (moved[1] - moved[0])[0, 0].cpu()
         factor = (difference - difference.mean()) @ expected / (expected @ expected)
         return largest * float(factor) * PROBED
 
     def _changes(
-        self, full: "torch.Tensor", normalised: "torch.Tensor"
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        self, full: "torch.Tensor", frozen: "torch.Tensor", moved: "torch.Tensor"
+    ) -> "dict[str, torch.Tensor]":
         """KL(full ‖ without) and the change of loss, (2, n_layers, rows, positions), from what the
-        unembedding reads.
+        unembedding reads, with the norm's scale kept (`frozen_`) and as it comes out.
 
         full: the same of the whole residual, (1, rows, positions, d_model).
         """
         import torch
 
+        bias = torch.as_tensor(probe_norm(self.norm, self.layout.d_model)[1]).to(full)
+        # What the norm's bias alone predicts: what remains of logits is as long as the vector is.
+        base = self._logits(bias.expand_as(full[:1, :1, :1]))
         size = max(1, LOGITS // (self.final[..., 0].numel() * len(self.unembedding)))
-        # The whole residual goes along with every part, so that the two that are compared were
-        # rounded alike.
-        parts = [
-            self._compare(self._predict(torch.cat([full, part])))
-            for part in normalised.flatten(0, 1).split(size)
-        ]
-        kl, loss = (
-            torch.cat(values).unflatten(0, normalised.shape[:2])
-            for values in zip(*parts, strict=True)
-        )
-        return kl, loss
+        found: dict[str, list[torch.Tensor]] = {}
+        parts = zip(*(x.flatten(0, 1).split(size) for x in (frozen, moved)), strict=True)
+        for own, as_it_is in parts:
+            # The whole residual goes along with every part, so that the two that are compared were
+            # rounded alike.
+            logits = self._logits(torch.cat([full, own]))
+            found_now = {"frozen_": self._compare(logits)}
+            times = _times(own - bias, as_it_is - bias)
+            logits[1:] = base + times * (logits[1:] - base)
+            if self._is_matrix(logits[1, 0, 0], as_it_is[0, 0, 0]):
+                found_now[""] = self._compare(logits)
+            else:
+                found_now[""] = self._compare(self._logits(torch.cat([full, as_it_is])))
+            for name, (kl, loss) in found_now.items():
+                found.setdefault(f"{name}kl", []).append(kl)
+                found.setdefault(f"{name}loss", []).append(loss)
+        return {n: torch.cat(values).unflatten(0, frozen.shape[:2]) for n, values in found.items()}
 
-    def _predict(self, normalised: "torch.Tensor") -> "torch.Tensor":
-        """Log odds of tokens: the model's own head, given these vectors in place of its own."""
-        flat = normalised.flatten(0, 1)  # (…, positions, d_model)
+    def _is_matrix(self, logits: "torch.Tensor", normalised: "torch.Tensor") -> bool:
+        """Whether logits that were got by a factor are those of the head, but for rounding."""
+        own = self._logits(normalised[None, None, None])[0, 0, 0]
+        allowed = 2 * UNIT * self.layout.d_model * float(own.abs().max())
+        return float((own - logits).abs().max()) <= allowed
+
+    def _logits(self, normalised: "torch.Tensor") -> "torch.Tensor":
+        """The model's own head, given these vectors, (…, rows, positions, d_model), in place of its
+        own.
+        """
+        flat = normalised.flatten(0, 1)
         hooks = [("unembed.hook_in", lambda x, hook: flat)]
         logits = self.model.logits(self.ids.new_zeros(flat.shape[:2]), flat, hooks)
-        log_odds: torch.Tensor = logits.log_softmax(-1).unflatten(0, normalised.shape[:2])
-        return log_odds
+        return logits.unflatten(0, normalised.shape[:2])
 
-    def _compare(self, log_odds: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
-        """The first of the log odds against each other."""
+    def _compare(self, logits: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """The first of some logits against each other."""
         import torch
 
+        log_odds = logits.log_softmax(-1)
         difference = log_odds[0] - log_odds[1:]
         kl = (log_odds[0].exp() * difference).sum(-1, dtype=torch.float64)
         tokens = self.ids[:, self.chosen + 1, None].expand(*difference.shape[:-1], 1)
         return kl, difference.gather(-1, tokens)[..., 0]
+
+
+def _times(own: "torch.Tensor", other: "torch.Tensor") -> "torch.Tensor":
+    """The factor that makes one vector of another, (…, 1)."""
+    length = own.double().square().sum(-1, keepdim=True).clamp_min(TINY)
+    return ((own.double() * other).sum(-1, keepdim=True) / length).float()
