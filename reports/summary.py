@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 Row = dict[str, Any]
+KINDS = ("theorem", "regression", "reference", "phenomenon")
 COLUMNS = ("pass", "fail", "error", "unusual", "known_failure", "not_applicable")
 TITLES = ("holds", "fails", "not measured", "unusual", "fails as known", "not applicable")
 
@@ -22,9 +23,8 @@ def summary(rows: list[Row]) -> str:
     for model, counts in by_model.items():
         cells = " | ".join(str(counts[outcome]) for outcome in COLUMNS)
         lines.append(f"| {text(model)} | {cells} |")
-    for row in rows:
-        if row["outcome"] == "fail":
-            lines += _failure(row)
+    for row in sorted((row for row in rows if row["outcome"] == "fail"), key=_rank):
+        lines += _failure(row)
     odd = [row for row in rows if row["outcome"] == "unusual"]
     lines += ["", "## Unusual, which is no failure", ""] if odd else []
     lines += [f"- {text(row['model'])}, {row['law']}: {text(row['reason'])}" for row in odd]
@@ -32,6 +32,12 @@ def summary(rows: list[Row]) -> str:
         named = laws[0] if len(laws) == 1 else f"{len(laws)} laws"
         lines += ["", f"## {named} could not be measured on {text(model)}", "", text(reason)]
     return "\n".join(lines) + "\n"
+
+
+def _rank(row: Row) -> tuple[int, bool]:
+    """Theorems before regressions, the verdict on a baseline before its parts, findings last."""
+    kind = KINDS.index(row["kind"]) if row["kind"] in KINDS else len(KINDS)
+    return kind, row["law"] != "regression/verdict"
 
 
 def _failure(row: Row) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from streamgauge.errors import RecordError, SettingsError
+from streamgauge.compare import movement
+from streamgauge.errors import NotApplicable, NotMeasured, RecordError, SettingsError
 from streamgauge.laws import invariants_folder, laws
 from streamgauge.numerics.calibration import LEAST, calibrated
 from streamgauge.record import Record
@@ -36,6 +37,7 @@ SIGNED = (
 )
 # Of what is better the less it is, only too much fails.
 ABOVE = ("regression/loss", "regression/movement")
+OF_DTYPE = ("residual/fits_dtype",)  # what a copy in another dtype has another value of
 SMALLEST, LARGEST = 1e-6, 0.5  # chances that a sound checkpoint fails
 Rows = dict[str, dict[str, Any]]  # of one record, by law
 Values = dict[str, dict[str, list[float]]]  # by law and quantity, one a record
@@ -54,6 +56,8 @@ def calibrate(
     output that cannot be written or is somebody's own; RecordError for what is no record.
     """
     _refuse(records, output, rate, LEAST + successive)
+    if successive:
+        _refuse_disorder(records)
     before: list[Path | None] = [None] * len(records)
     if successive:
         before[1:] = records[:-1]
@@ -131,6 +135,24 @@ def _refuse(records: Sequence[Path], output: Path, rate: float, least: int) -> N
             raise SettingsError(f"{twice} and {path} are of the same weights; give each once.")
 
 
+def _refuse_disorder(records: Sequence[Path]) -> None:
+    """Raise SettingsError where a state is nearer to a later one than to the next: training goes
+    on from where it was.
+    """
+    loaded = [Record.load(path) for path in records]
+    for n, record in enumerate(loaded[:-2]):
+        try:
+            moved = [movement(record, later, None)[0] for later in loaded[n + 1 :]]
+        except (NotApplicable, NotMeasured):  # records without sketches, as old ones are
+            return
+        nearest = int(np.argmin(moved))
+        if nearest:
+            raise SettingsError(
+                f"{records[n]} is nearer to {records[n + 1 + nearest]} than to {records[n + 1]}; "
+                "with --successive give records in the order of training."
+            )
+
+
 def _band(
     law: str, by_what: dict[str, list[float]], level: float, names: Sequence[str]
 ) -> tuple[float, float] | str:
@@ -165,7 +187,7 @@ def _values(by_record: Sequence[Rows]) -> Values:
     """What each law about training measures, where all records have it and do not all agree; what
     tells a record from the one before it, where all but the first have it.
     """
-    about_training = {law.id for law in laws() if law.kind == "phenomenon"}
+    about_training = {law.id for law in laws() if law.kind == "phenomenon"}.difference(OF_DTYPE)
     found: Values = {}
     for law in sorted(about_training.union(ABOVE).intersection(*by_record[1:])):
         records = [rows for rows in by_record if law in rows]

@@ -166,6 +166,9 @@ def _stored(asked: "Asked", known: Record | None, store: Store, key: str) -> Rec
     A damaged one is measured again; of one of an older instrument, what is out of date.
     """
     found = store.find(key)
+    if found is not None:  # of these weights, whatever they were called when they were measured
+        named = {"model": asked.checkpoint.name, "revision": asked.checkpoint.revision}
+        found = Record(found.arrays, found.metadata | named)
     if found is not None and set(asked.wanted.groups) <= set(current_groups(found, asked.wanted)):
         return found
     _require_measuring()

@@ -44,14 +44,18 @@ def smallest(what: st.SearchStrategy[T], breaks: Callable[[T], bool], draws: int
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    callbacks = list(gc.callbacks)
+    # Hypothesis has itself called by the garbage collector, and an interrupt that arrives within
+    # that call is lost.
+    callbacks, was_enabled = list(gc.callbacks), gc.isenabled()
+    gc.disable()
     try:
         return find(what, breaks, settings=own, random=Random(0))
     except errors.NoSuchExample:
         return None
     finally:
-        # Hypothesis leaves one behind, and an interrupt that arrives within it is lost.
         gc.callbacks[:] = callbacks
+        if was_enabled:
+            gc.enable()
 
 
 def all_draws(what: st.SearchStrategy[T], draws: int) -> list[T]:

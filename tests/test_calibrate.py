@@ -56,6 +56,7 @@ def test_bands_of_steps_pass_one_among_them_and_fail_an_early_one(
     assert done.returncode == 0, done.stderr
     bands = {band["law"]: band for band in tomllib.loads(own.read_text())["band"]}
     assert "residual/growth_rate" in bands
+    assert "residual/fits_dtype" not in bands  # of a copy in another dtype it is another
     assert bands["residual/growth_rate"]["layers"] == [2, 13]
     assert "but for a chance of 0.05" in bands["residual/growth_rate"]["source"]
     assert "by chance 5% of sound checkpoints fail" in done.stdout
@@ -179,6 +180,10 @@ def test_releases_that_follow_one_another_say_how_far_the_next_may_move(
     far = outcomes(release("v7", 0.6, 0.2), tmp_path / "v6.safetensors")
     assert far["regression/verdict"] == "pass"  # it is a trained state of the same model
     assert far["regression/movement"] == far["regression/loss"] == "fail"
+    mixed = [paths[n] for n in (0, 3, 1, 2, 4)]
+    done = run_streamgauge("calibrate", "--successive", *mixed, "-o", tmp_path / "mixed.toml")
+    assert done.returncode == 4
+    assert f"{mixed[0]} is nearer to {mixed[2]} than to {mixed[1]}" in done.stderr
     few = run_streamgauge("calibrate", "--successive", *paths[:4], "-o", tmp_path / "few.toml")
     assert few.returncode == 4
     assert "4 records are too few" in few.stderr and "give 5 or more" in few.stderr

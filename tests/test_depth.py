@@ -332,5 +332,5 @@ def test_rows_of_two_tokens_or_more_are_spread_over_the_prompts() -> None:
 
     assert some_rows(prompts(1, 2, 1, 3)) == [1, 3]
     assert some_rows(prompts(1, 1)) == []
-    assert some_rows(prompts(*[2] * 31)) == list(range(0, 31, 2))
+    assert some_rows(prompts(*[2] * 29)) == list(range(0, 29, 4))
     assert some_rows(prompts(2048, 2048, 2048)) == [0, 2] and some_rows(prompts(5000)) == [0]

@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 
+from fixtures.check import _outside
+from reports.render import read_rows
+from streamgauge import plugin
+from streamgauge.measure import measure
+from streamgauge.numerics.bands import Band, below
+from streamgauge.record import Record
 from tests import models
 from tests.conftest import ROOT, shared_checkpoint
+from tests.records import sound_record
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +149,68 @@ def test_block_0_of_makemore_shrinks_the_norm() -> None:
     mean = record.text_resid.mean(1)
     assert mean[1] < mean[0]
     assert "sampled from the model" in record.metadata["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("word", "path"),
+    [
+        ("streamgauge.invariants", "invariants"),
+        ("streamgauge.invariants.residual", "invariants/residual"),
+        ("streamgauge.invariants.mlp.test_gain_share", "invariants/mlp/test_gain_share.py"),
+        ("streamgauge.invariantsx", None),
+        ("my.streamgauge.invariants", None),
+    ],
+)
+def test_laws_that_are_named_as_a_module_are_found_beside_the_package(
+    word: str, path: str | None
+) -> None:
+    assert plugin._laws(word) == (word if path is None else str(ROOT / path))
+
+
+def test_pyargs_work_where_the_package_was_installed_from_a_clone(
+    run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    sound_record().save(tmp_path / "it.safetensors")
+    asked = ("--pyargs", "streamgauge.invariants.residual.test_growth_rate", "-q")
+    done = run_pytest(*asked, "--record", tmp_path / "it.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "1 hold" in done.stdout or "1 passed" in done.stdout
+
+
+def test_a_record_of_the_bundled_model_is_held_to_its_bands(
+    run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A measurement asserted elsewhere is the same audit; other weights of that name are not."""
+    path = tmp_path / "it.safetensors"
+    record = measure("pystdlib-3m", groups=["stream"])
+    record.save(path)
+
+    def outcome() -> dict[str, Any]:
+        asked = ("invariants/residual/test_growth_rate.py", "--record", path, "-q")
+        run_pytest(*asked, "--report", tmp_path / "report")
+        (row,) = read_rows([tmp_path / "report" / "rows.jsonl"])
+        return row
+
+    found = outcome()
+    assert (found["outcome"], found["layers"]) == ("pass", [1, 13])
+    Record(record.arrays, record.metadata | {"weights_sha256": "0" * 64}).save(path)
+    assert outcome()["outcome"] == "unusual"
+
+
+def test_a_band_is_told_from_what_lies_just_outside() -> None:
+    band = Band(1.0274, 1.0321, "a source")
+    assert _outside(1.03214, band) == "1.03214"
+    assert _outside(1.05, band) == "1.05"
+    assert _outside(1.0, below(1, "another")) == "1"
+
+
+def test_what_is_wrong_with_the_baseline_is_said_to_be(
+    run_pytest: Callable[..., Any], tmp_path: Path
+) -> None:
+    sound_record().save(tmp_path / "it.safetensors")
+    broken = models.save(models.gpt2(1), tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    asked = ("--record", tmp_path / "it.safetensors", "--baseline", broken, "-m", "regression")
+    done = run_pytest("invariants", *asked)
+    assert done.returncode == 1
+    assert "the baseline: " in done.stdout and "model.safetensors" in done.stdout

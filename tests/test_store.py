@@ -343,3 +343,13 @@ def test_other_prompts_take_over_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         streamgauge.measure(folder, known=other).resid_pre, known.resid_pre
     )
+
+
+def test_what_the_store_has_goes_by_the_name_it_is_asked_for_now(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    measure(folder, groups=["stream"], store=store)
+    other = shutil.copytree(folder, tmp_path / "another name")
+    found = measure(other, groups=["stream"], store=store)
+    assert found.metadata["model"] == "another name"
+    assert len(records(store)) == 1

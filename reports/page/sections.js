@@ -8,6 +8,10 @@ const UNUSUAL = 12; // values that do
 // A reason without what differs from model to model.
 const cause = (reason, model) => (reason ?? "").replaceAll(model, "").replace(/[-+]?\d[\d.,e+-]*/g, "#");
 
+// Theorems before regressions, the verdict on a baseline before its parts, findings last.
+const KINDS = ["theorem", "regression", "reference", "phenomenon"];
+const rank = (data, row) => 2 * ((KINDS.indexOf(data.text("kind", row)) + KINDS.length + 1) % (KINDS.length + 1)) + (data.text("law", row) !== "regression/verdict");
+
 const causes = new Map(); // by row
 
 function byCause(data, rows) {
@@ -20,7 +24,7 @@ function byCause(data, rows) {
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(row);
   }
-  return [...groups.values()].sort((a, b) => b.length - a.length);
+  return [...groups.values()].sort((a, b) => b.length - a.length || rank(data, a[0]) - rank(data, b[0]));
 }
 
 const several = (count, word) => (count === 1 ? `1 ${word}` : `${count.toLocaleString("en")} ${word}s`);
@@ -125,12 +129,13 @@ function lawLine(data, row) {
   const [law, kind, outcome, source] = ["law", "kind", "outcome", "source"].map((name) => data.text(name, row));
   const { value, band, layers, real } = data.columns;
   const known = real[row] && (outcome === "unusual" || !band[row]) ? beside(data, row) : "";
-  const window = layers[row] ? `; layers ${layers[row][0]}–${layers[row][1]}` : "";
+  const window = layers[row] ? `layers ${layers[row][0]}–${layers[row][1]}` : "";
+  const bounds = (outcome === "unusual" ? "" : bandOf(band[row])) + known;
   return h("tr", { "data-row": String(row) },
     h("td", {}, h("b", {}, law), " ", h("span", { class: "source" }, kind), h("div", { class: "claim" }, data.text("claim", row))),
     h("td", { class: outcome }, `${data.constants.signs[outcome]} ${data.constants.words[outcome]}`),
     h("td", { class: "value" }, value[row] === null ? "" : `${number(value[row])} ${data.text("unit", row) ?? ""}`),
-    h("td", {}, strip(data, row), h("div", { class: "source" }, (outcome === "unusual" ? "" : bandOf(band[row])) + known + window)),
+    h("td", {}, strip(data, row), h("div", { class: "source" }, [bounds, window].filter(Boolean).join("; "))),
     h("td", {}, whyOf(data, row), source ? h("div", { class: "source" }, source) : null));
 }
 
@@ -193,7 +198,8 @@ function figureOf(data, figure, rows) {
 }
 
 function modelSection(data, model, all, shown, figuresOf) {
-  const charts = h("div", { class: "figures" });
+  const charts = h("div", { class: "figures", tabindex: "-1" });
+  const curves = h("button", { type: "button", onclick: () => { charts.scrollIntoView(); charts.focus({ preventScroll: true }); } }, "Its curves ↓");
   figuresOf(model.name).then((figures) => {
     if (figures === null) {
       charts.replaceChildren(h("p", {}, "A page of so many models holds no charts of this one; make a page of its own with python -m streamgauge report."));
@@ -203,5 +209,5 @@ function modelSection(data, model, all, shown, figuresOf) {
     watchCharts(charts);
   });
   return h("section", { class: "model" }, h("h2", {}, h("a", { href: address({ model: model.name }) }, model.name)),
-    h("p", { class: "facts" }, model.facts), costOf(model.cost), answersOf(data, all) ?? [], lawTable(data, model.name, shown), charts);
+    h("p", { class: "facts" }, model.facts, " ", curves), costOf(model.cost), answersOf(data, all) ?? [], lawTable(data, model.name, shown), charts);
 }

@@ -17,7 +17,7 @@ from streamgauge.errors import CheckpointError, first_line
 if TYPE_CHECKING:
     import torch
 
-LOGITS = 2**24  # held at once, several times over
+LOGITS = 2**25  # held at once, several times over
 CAUSAL = 1e-5  # relative change by later tokens that rounding does not explain
 TOGETHER = 1024  # tokens whose matrix products are shared; with more, products are hardly faster
 

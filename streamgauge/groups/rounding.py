@@ -154,9 +154,11 @@ class Noise:
         start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
         if rows is not None:
             width = values.shape[-1]
-            return values * self.twice.unfold(0, width, 1)[
-                (start + rows.cpu() * width) % PERIOD
-            ].to(values.device)
+            if int(rows[-1] - rows[0]) != len(rows) - 1 or (rows.diff() != 1).any():
+                return values * self.twice.unfold(0, width, 1)[
+                    (start + rows.cpu() * width) % PERIOD
+                ].to(values.device)
+            start = (start + int(rows[0]) * width) % PERIOD
         noisy = torch.empty(values.shape, device=values.device)
         factors = self.twice[start : start + min(PERIOD, values.numel())].to(values.device)
         # PERIOD at a time: the noise of all of them would be as large as they are.

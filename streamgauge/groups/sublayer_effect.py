@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("attn", "mlp")
-LOGITS = 2**23  # held at once, several times over
+LOGITS = 2**24  # held at once, several times over
 TINY = 1e-300  # a zero residual has no parts: 0 / 0 is 0
 SMALL = 2.0**-3  # coordinates of a probe that no cap on logits bends noticeably
 PROBED = 1.01  # leaves room for the rounding of a factor so found
@@ -197,6 +197,7 @@ class _Run:
         base = self._logits(bias.expand_as(full[:1, :1, :1]))
         size = max(1, LOGITS // (self.final[..., 0].numel() * len(self.unembedding)))
         found: dict[str, list[torch.Tensor]] = {}
+        is_matrix: bool | None = None  # as one vector tells
         parts = zip(*(x.flatten(0, 1).split(size) for x in (frozen, moved)), strict=True)
         for own, as_it_is in parts:
             # The whole residual goes along with every part, so that the two that are compared were
@@ -204,8 +205,10 @@ class _Run:
             logits = self._logits(torch.cat([full, own]))
             found_now = {"frozen_": self._compare(logits)}
             times = _times(own - bias, as_it_is - bias)
-            logits[1:] = base + times * (logits[1:] - base)
-            if self._is_matrix(logits[1, 0, 0], as_it_is[0, 0, 0]):
+            logits[1:] += (times - 1) * (logits[1:] - base)
+            if is_matrix is None:
+                is_matrix = self._is_matrix(logits[1, 0, 0], as_it_is[0, 0, 0])
+            if is_matrix:
                 found_now[""] = self._compare(logits)
             else:
                 found_now[""] = self._compare(self._logits(torch.cat([full, as_it_is])))
