@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .across import horizon_and_growth
+from .across import against_properties, horizon_and_growth
 from .card import card
 from .figures import figures
 from .packed import deflated, packed_figures, packed_rows
@@ -119,22 +119,22 @@ def badge(rows: list[Row]) -> str:
         if bad
         else (f"{count['pass']} laws hold", "#2e7d32")
     )
-    return str(_environment().get_template("badge.svg").render(says=says, colour=colour))
+    return str(environment().get_template("badge.svg").render(says=says, colour=colour))
 
 
 def page(rows: list[Row]) -> str:
     """One HTML file that needs no network: rows and figures lie in it deflated, and it draws what
     is looked at.
     """
-    environment = _environment()
-    environment.globals |= {"words": WORDS, "source_of": _source}
+    templates = environment()
+    templates.globals |= {"words": WORDS, "source_of": source_of}
     by_model: dict[str, list[Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
     counts = Counter(row["outcome"] for row in rows)
     counted = {outcome: counts[outcome] for outcome in ORDER}
     compared = horizon_and_growth(rows)
-    across = ([compared] if compared else []) + trajectories(rows)
+    across = ([compared] if compared else []) + against_properties(rows) + trajectories(rows)
     carried = packed_rows(rows, (strip(row) for row in rows)) | {
         "models": [_about(model, own[0]) for model, own in by_model.items()],
         "counts": counted,
@@ -146,7 +146,7 @@ def page(rows: list[Row]) -> str:
     # Models that fail first, as a page holds no more than so many curves.
     failing = {row["model"] for row in rows if row["outcome"] in ("fail", "error")}
     drawn = ((m, figures(by_model[m])) for m in sorted(by_model, key=lambda m: m not in failing))
-    made = environment.get_template("report.html").render(
+    made = templates.get_template("report.html").render(
         models=by_model,
         counts=counted,
         rows=deflated(carried),
@@ -214,7 +214,8 @@ def strip(row: Row) -> dict[str, Any] | None:
     }
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Where the pages' templates are; what they are given is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -238,5 +239,6 @@ def _plotly() -> str:
     return base64.b64encode(zlib.compress(source, 9)).decode()
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
+    """The text of a file of the page."""
     return (files(__package__) / "page" / name).read_text(encoding="utf-8")

@@ -36,7 +36,7 @@ def summary(rows: list[Row]) -> str:
 
 def _rank(row: Row) -> tuple[int, bool]:
     """Theorems before regressions, the verdict on a baseline before its parts, findings last."""
-    kind = KINDS.index(row["kind"]) if row["kind"] in KINDS else len(KINDS)
+    kind = KINDS.index(row["kind"]) if row.get("kind") in KINDS else len(KINDS)
     return kind, row["law"] != "regression/verdict"
 
 

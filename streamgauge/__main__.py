@@ -1,5 +1,5 @@
-"""The command line: `python -m streamgauge laws`, `measure`, `replay`, `diff`, `calibrate` and
-`report`.
+"""The command line: `python -m streamgauge laws`, `measure`, `replay`, `diff`, `calibrate`,
+`report`, `history` and `attest`.
 
 Audits themselves are run by pytest.
 """
@@ -232,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="where to write them"
     )
     reporting.set_defaults(run=_report)
+
+    indexing = commands.add_parser(
+        "history", help="write index.html over a folder of audits: what changed from run to run"
+    )
+    indexing.add_argument("runs", type=Path, help="a folder with audits' folders in it")
+    indexing.set_defaults(run=_history)
 
     attesting = commands.add_parser(
         "attest", help="print what an audit found as an in-toto statement about its weight files"
@@ -467,6 +473,28 @@ def _report(options: argparse.Namespace) -> None:
         ) from error
     rendering.write(rows, options.output)
     print(options.output / "report.html")
+
+
+def _history(options: argparse.Namespace) -> None:
+    from streamgauge.store import prepare_folder
+
+    if not options.runs.is_dir():
+        raise UnknownModelError(f"{options.runs} is no folder; name one with audits in it.")
+    if not any(options.runs.rglob("rows.jsonl")):
+        raise UnknownModelError(
+            f"there is no rows.jsonl in {options.runs}; pytest --report writes one."
+        )
+    page = options.runs / "index.html"
+    if page.is_file() and "<title>streamgauge: " not in page.read_text(encoding="utf-8"):
+        raise SettingsError(f"{page} was written by somebody else; keep runs in another folder.")
+    prepare_folder(options.runs, "the folder of runs", "another place")
+    try:
+        count = part("reports.history").index(options.runs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(
+            f"a rows.jsonl in {options.runs} is not of an audit ({type(error).__name__}: {error})."
+        ) from error
+    print(f"{page}: {count} runs")
 
 
 if __name__ == "__main__":

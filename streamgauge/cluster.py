@@ -109,9 +109,10 @@ def measured(jobs: Sequence[Job], asked: Asked, address: str) -> Iterator[Arriva
     what was finished is in the store.
 
     address: as `ray.init` takes it; empty for the cluster that this machine belongs to, or else one
-    of this machine alone. Raises NotInstalledError, or SettingsError where the
-    cluster is out of reach.
+    of this machine alone. Raises NotInstalledError, or SettingsError where the cluster is out of
+    reach.
     """
+    asked = _from_anywhere(asked)
     with _connected(address) as ray:
         starts = ray.remote(_Starts).options(**_beside_this(ray)).remote()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -128,6 +129,14 @@ def measured(jobs: Sequence[Job], asked: Asked, address: str) -> Iterator[Arriva
             job = waiting.pop(done[0])
             begun = ray.get(starts.of.remote(job.key))
             yield _arrival(ray, done[0], job, begun, asked.store)
+
+
+def _from_anywhere(asked: Asked) -> Asked:
+    """The same with whole paths: a node works in another folder."""
+    store = replace(asked.store, folder=asked.store.folder.absolute())
+    prompts = asked.measuring.get("prompts")
+    whole = {} if prompts is None else {"prompts": Path(prompts).absolute()}
+    return replace(asked, store=store, measuring=asked.measuring | whole)
 
 
 def measured_here(jobs: Sequence[Job], asked: Asked) -> Iterator[Arrival]:

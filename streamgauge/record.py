@@ -407,9 +407,11 @@ class Record:
             return "heads"
         return "tokens" if shape[1] == len(tokens) else None
 
-    def verdicts(self, baseline: "Record | None" = None) -> list[dict[str, Any]]:
+    def verdicts(
+        self, baseline: "Record | None" = None, same: str | None = None
+    ) -> list[dict[str, Any]]:
         """What the laws say of it: the rows of an audit, one a law (see `streamgauge.verdicts`)."""
-        return verdicts(self, baseline)
+        return verdicts(self, baseline, same)
 
     def require_pre_norm(self) -> None:
         """Raise NotApplicable for post-norm models, whose stream is normalised block by block."""

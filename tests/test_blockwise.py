@@ -143,7 +143,7 @@ def test_horizons_keep_no_more_than_some_tokens() -> None:
     rows = [[1] * 1000] * 30
     assert len(some_rows(Prompts(rows, "test", None))) == 4
     assert len(some_rows(Prompts([[1] * 9000] * 3, "test", None))) == 1
-    assert len(some_rows(Prompts([[1] * 30] * 30, "test", None))) == 16
+    assert len(some_rows(Prompts([[1] * 30] * 30, "test", None))) == 8
 
 
 def test_masks_of_equal_batches_are_one() -> None:

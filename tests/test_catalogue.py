@@ -137,7 +137,9 @@ def test_growth_helpers_on_a_known_curve() -> None:
 def test_laws_are_listed(run_streamgauge: Callable[..., Any]) -> None:
     listed = json.loads(run_streamgauge("laws", "--json").stdout)
     assert [law["id"] for law in listed] == [law.id for law in laws()]
-    assert {"id", "kind", "claim", "source", "applies_to", "formula"} == set(listed[0])
+    assert {"id", "kind", "claim", "source", "applies_to", "formula", "takes_band"} == set(
+        listed[0]
+    )
     assert "residual/growth_rate  (phenomenon)" in run_streamgauge("laws").stdout
 
 

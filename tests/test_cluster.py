@@ -133,6 +133,14 @@ def test_each_worker_has_a_gpu(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
+def test_nodes_are_told_whole_paths() -> None:
+    asked = Asked(Store(Path("store")), measuring={"prompts": Path("p.txt"), "device": "cpu"})
+    told = cluster._from_anywhere(asked)
+    assert told.store.folder == Path.cwd() / "store"
+    assert told.measuring == {"prompts": Path.cwd() / "p.txt", "device": "cpu"}
+    assert cluster._from_anywhere(Asked(Store.at("s3://x"))).store.url == "s3://x"
+
+
 def test_rows_are_those_of_an_audit_without_a_cluster(run_pytest: Running, tmp_path: Path) -> None:
     """And what cannot be measured keeps nothing of the others."""
     if importlib.util.find_spec("ray") is None:

@@ -116,7 +116,9 @@ def test_random_responses_agree_with_compatibility_mode(name: str) -> None:
     layout = probe_layout(model)
     found, _ = models.measure_group(
         model,
-        RandomInputGroup(model, layout, EarlyInputs(layout), Heads(build_bridge(model), None)),
+        RandomInputGroup(
+            model, layout, EarlyInputs(layout), Heads(build_bridge(model), None), tokens=10**6
+        ),
     )
     oracle = compatible(name)
     x = torch.from_numpy(random_inputs(4096, layout.d_model, layout.centres, seed=10**6)).float()[

@@ -2,6 +2,7 @@
 law has what its page on the site says.
 """
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from streamgauge import record as module
 from streamgauge.errors import NotApplicable, NotInstalledError
 from streamgauge.laws import laws
 from tests.conftest import ROOT
-from tests.records import LENGTH, N_HEADS, PROMPTS, sound_record
+from tests.records import LENGTH, N_HEADS, PROMPTS, replaced, sound_record
 
 
 def test_a_growth_rate_is_the_laws() -> None:
@@ -66,3 +67,17 @@ def test_a_failure_of_each_law_is_explained() -> None:
     cells = [line.split("|")[1] for line in triage.splitlines() if line.count("|") == 4]
     explained = {law.strip() for cell in cells for law in cell.split(",")}
     assert {law.id for law in laws()} <= explained
+
+
+def test_verdicts_are_held_to_a_baseline_as_same_says() -> None:
+    old = sound_record()
+    moved = old.array("sketch/parameters") * 1.0
+    moved += 0.1 * np.random.default_rng(7).normal(size=moved.shape)
+    new = replaced(old, {"sketch/parameters": moved})
+    outcomes = [
+        {row["law"]: row["outcome"] for row in new.verdicts(old, same)}
+        for same in (None, "trained")
+    ]
+    assert [found["regression/verdict"] for found in outcomes] == ["fail", "pass"]
+    rows = new.verdicts(old)
+    assert not any(tempfile.gettempdir() in str(row) for row in rows)

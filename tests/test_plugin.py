@@ -199,7 +199,7 @@ def test_a_record_of_the_bundled_model_is_held_to_its_bands(
 
 def test_a_band_is_told_from_what_lies_just_outside() -> None:
     band = Band(1.0274, 1.0321, "a source")
-    assert _outside(1.03214, band) == "1.03214"
+    assert _outside(1.03214, band) == "1.0321"  # the end is said to be 1.032
     assert _outside(1.05, band) == "1.05"
     assert _outside(1.0, below(1, "another")) == "1"
 

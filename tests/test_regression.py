@@ -237,7 +237,7 @@ def test_an_audit_with_a_baseline(
     broken = files.write(tmp_path / "new")
     found = audit("--model", broken, "--baseline", folder, "-m", "regression")
     assert found.exit == 1 and set(found.outcomes()) == {
-        f"regression/{k}" for k in [*differences(record, record), "verdict", "loss"]
+        f"regression/{k}" for k in [*differences(record, record), "verdict", "loss", "movement"]
     }
     assert found.row("regression/verdict")["of"].startswith("damaged: layer 2 mlp transformer.h.2")
     row = found.row("regression/weights")

@@ -1,6 +1,7 @@
 """The page, the summary and the rows: whole, safe, and usable in a browser without a network."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reports.across import _correlation, horizon_and_growth
+from reports.across import _correlation, against_properties, horizon_and_growth
 from reports.render import page, read_rows
 from reports.summary import summary
 from streamgauge.numerics.horizons import DEFAULT
@@ -193,3 +194,62 @@ def test_horizon_and_growth_are_compared_across_models(
     carried = carried_rows(tmp_path / "report" / "report.html")
     assert carried["across"][0]["layout"]["title"]["text"] == "Layer horizon and growth"
     assert horizon_and_growth(read_rows([tmp_path / "report" / "rows.jsonl"])[:40]) is None
+
+
+def test_an_index_says_what_changed_from_run_to_run(
+    run_streamgauge: Callable[..., Any], tmp_path: Path
+) -> None:
+    row = {
+        "law": "residual/growth_rate", "outcome": "pass", "reason": None, "kind": "phenomenon",
+    }  # fmt: skip
+    runs = tmp_path / "runs"
+    for number, (outcome, reason) in enumerate(
+        [("pass", None), ("fail", "growth 0.9 <b>bold</b>"), ("fail", "growth 0.9")]
+    ):
+        folder = runs / f"run {number}"
+        folder.mkdir(parents=True)
+        own = [row | {"model": "m", "outcome": outcome, "reason": reason}]
+        own += [row | {"model": "n"}] * (number != 1)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+        os.utime(folder / "rows.jsonl", (1e9 + number, 1e9 + number))
+    done = run_streamgauge("history", runs)
+    assert done.returncode == 0, done.stderr
+    page = (runs / "index.html").read_text()
+    assert [page.index(f"run {number}") for number in (2, 1, 0)] == sorted(
+        page.index(f"run {number}") for number in range(3)
+    )
+    assert page.count("✓ holds → ") == 1  # run 1's; n has not changed since run 0
+    assert "&lt;b&gt;bold" in page and "<b>bold" not in page
+    assert run_streamgauge("history", runs).returncode == 0  # its own index is replaced
+    (runs / "index.html").write_text("mine")
+    done = run_streamgauge("history", runs)
+    assert done.returncode == 4 and "was written by somebody else" in done.stderr
+    for nothing in (tmp_path / "nowhere", runs / "run 0" / "rows.jsonl"):
+        assert run_streamgauge("history", nothing).returncode == 4
+    (runs / "run 0" / "rows.jsonl").write_text("{}\n")
+    (runs / "index.html").unlink()
+    done = run_streamgauge("history", runs)
+    assert done.returncode == 1 and "is not of an audit" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_quantities_are_compared_with_what_models_are(
+    audit: Callable[..., Audit], tmp_path: Path
+) -> None:
+    """Deeper ones grow more slowly here; all have one width, which nothing can go with."""
+    asked: list[object] = []
+    for number, (layers, rate) in enumerate([(12, 1.06), (16, 1.05), (24, 1.04), (32, 1.03)]):
+        path = tmp_path / f"m{number}.safetensors"
+        sound_record(rate, model=f"m{number}", n_layers=layers).save(path)
+        asked += ["--record", path]
+    rows = audit(*asked, laws="invariants/residual/test_growth_rate.py").rows
+    rows = [row | {"record": str(tmp_path / f"{row['model']}.safetensors")} for row in rows]
+    (figure,) = against_properties(rows)
+    assert figure["layout"]["title"]["text"] == "Growth of the stream a layer, by layers"
+    (data,) = figure["data"]
+    assert sorted(data["x"]) == [12, 16, 24, 32]
+    np.testing.assert_allclose(sorted(data["y"]), [1.03, 1.04, 1.05, 1.06], rtol=1e-4)
+    assert "over 4 models is -1.00" in figure["read"]
+    assert "One of 1 such comparisons" in figure["read"]
+    assert against_properties(rows[:3]) == []
+    assert against_properties([row | {"record": None} for row in rows]) == []

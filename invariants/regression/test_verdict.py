@@ -26,7 +26,7 @@ def test_verdict(
     check(
         0.0 if found.passes(same) else 1.0,
         within=ALLOWED,
-        what=f"{found.says}; verdicts that are not accepted:",
-        of=f"accepted: {', '.join(ACCEPTED[same])}",
+        what=f"verdicts other than {', '.join(ACCEPTED[same])}:",
+        of=found.says,
         details=[one.says for one in found.found],
     )

@@ -233,7 +233,7 @@ def random_inputs(folder: str) -> dict[str, float]:
     early = EarlyInputs(layout)
     run, group = (
         PromptRun(model, prompts, [early]),
-        RandomInputGroup(model, layout, early, Heads(build_bridge(model), None)),
+        RandomInputGroup(model, layout, early, Heads(build_bridge(model), None), tokens=2**15),
     )
     rates, peaks = [], []
     for layer in range(9):
