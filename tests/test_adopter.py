@@ -36,13 +36,19 @@ def repository(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the store is: the one checkpoint is measured once for all of these tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def recipe(repository: Path, installed: dict[str, str], tmp_path: Path) -> Run:
-    """Run the repository's CI recipe, with the store in a folder of the test's own."""
+def recipe(repository: Path, installed: dict[str, str], cache: Path) -> Run:
+    """Run the repository's CI recipe, with the store in a folder of the tests' own."""
 
     def run() -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = installed | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        environment = installed | {"PATH": path, "XDG_CACHE_HOME": str(cache)}
         return subprocess.run(
             ["sh", "ci.sh"],
             cwd=repository,
