@@ -307,8 +307,8 @@ def _heads(arrays: Arrays, rows: Rows) -> Figure | None:
         for name in ("last_output_bias", "random_sum", "hard_coded_growth", "gain_share")
     ]
     read = (
-        "Curves that rise side by side: attention writes more because its weights are "
-        "larger, whatever it reads."
+        "Where these rise side by side attention writes more because its weights are larger, "
+        "whatever it reads."
     )
     return figure(
         "Attention's weights and output",
@@ -460,8 +460,8 @@ def _weights(arrays: Arrays, rows: Rows) -> Figure | None:
         "weights/integrity",
     ]
     read = (
-        "Frobenius norms as the file has them. Warm colours write to the stream, the others "
-        "read from it."
+        "Frobenius norms as the file has them. W_O and W_out, orange and red, write to the stream; "
+        "the others read from it."
     )
     return figure("Reading and writing matrices", data, read, laws, y="norm", log=True)
 
@@ -485,12 +485,12 @@ def _horizon(arrays: Arrays, rows: Rows) -> Figure | None:
         )
     ]
     clean = float(arrays["horizon/clean_loss"] @ tokens / tokens.sum())
-    read = (
-        "Loss when layers read the last k layers' outputs alone. Dotted: the model as it is. "
-        "Names of variants say whether the "
-        "embedding is kept, whether errors compound, what fills in for what is left out, and "
-        "where; click one to see it."
-    )
+    read = "Loss when layers read the last k layers' outputs alone. Dotted: the model as it is."
+    if len(mean) > 1:
+        read += (
+            " Names of variants say whether the embedding is kept, whether errors compound, what "
+            "fills in for what is left out, and where; click one to see it."
+        )
     made = figure(
         "Layer horizon",
         data,
