@@ -1,5 +1,5 @@
 """Measure many checkpoints on a Ray cluster: what is missing from a store that its nodes share,
-largest first, each once more where its node dies.
+largest first, each again where its node dies.
 
 Ray schedules, retries and moves; each task is `measure` of one checkpoint. Nodes need streamgauge
 installed, and see checkpoints by the same paths, or fetch them from the hub.
