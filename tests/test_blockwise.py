@@ -118,7 +118,7 @@ def test_changes_are_undone_when_something_fails() -> None:
             pytest.raises(ZeroDivisionError),
             model.mapped.changes(model.paths[1]) as use,
         ):
-            use(lambda name, values, rows: 2 * values)
+            use(lambda name, values, rows, room: 2 * values)
             assert torch.equal(block.mlp.c_fc.weight, 2 * before)
             raise ZeroDivisionError
         assert torch.equal(block.mlp.c_fc.weight, before)

@@ -18,9 +18,11 @@ VOCABULARY_ROWS = 4096  # of the unembedding that are in memory at once
 
 Place = tuple[Any, str, str]  # a module, its attribute, and the parameter's name
 
-# From a parameter's name, some of its values in fp32 and the rows that they are (all where None)
-# to what is used instead.
-Change = Callable[[str, "torch.Tensor", "torch.Tensor | None"], "torch.Tensor"]
+# From a parameter's name, some of its values in fp32, the rows that they are (all where None), and
+# memory that may be written to, if there is some, to what is used instead.
+Change = Callable[
+    [str, "torch.Tensor", "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"
+]
 
 
 class Mapped:
@@ -44,7 +46,11 @@ class Mapped:
         self.after_taking: list[Callable[[str], None]] = []
         self.after_leaving: list[Callable[[str], None]] = []
         self.modules: set[Any] = set()  # those that have parameters of their own
+        self.lender: Mapped | None = None  # has the same weights, and perhaps in memory already
         self._change: Change | None = None
+        # Of a held block whose matrices change: as they are, and where others may be put, one after
+        # the other, since new memory costs as much as what is done to them.
+        self._unchanged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # One name for tied ones.
         self._first_names = {tensor.data_ptr(): name for name, tensor in reversed(stored.items())}
         self._matrices: dict[str | None, list[Place]] = defaultdict(list)  # by block
@@ -110,18 +116,23 @@ class Mapped:
     @contextlib.contextmanager
     def changes(self, block: str | None = None) -> Iterator[Callable[[Change | None], None]]:
         """Let a held block, or everything outside of blocks, compute with one change after the
-        other of the file's weights.
+        other of the file's weights. Whoever was told that the block has come is not told of them.
         """
+
+        import torch
 
         def use(change: Change | None) -> None:
             if change is not self._change:
                 self._change = change
                 self._refill(block)
 
+        held = {name: getattr(m, attr).data for m, attr, name in self._matrices[block]}
+        self._unchanged = {name: (own, torch.empty_like(own)) for name, own in held.items()}
         try:
             yield use
         finally:
             use(None)
+            self._unchanged = {}
 
     @contextlib.contextmanager
     def without_tables(self, model: Any) -> Iterator[None]:
@@ -158,22 +169,34 @@ class Mapped:
         places = self._matrices[block]
         return {getattr(m, attr).untyped_storage().data_ptr(): name for m, attr, name in places}
 
+    def _in_memory(self, name: str) -> "torch.Tensor | None":
+        """A matrix of a held block, as the block has it now."""
+        block = block_of(name)
+        if not self._holds[block or ""]:
+            return None
+        found = (getattr(m, attr).data for m, attr, own in self._matrices[block] if own == name)
+        return next(found, None)
+
     def _value(self, name: str, rows: "torch.Tensor | None" = None) -> "torch.Tensor":
         import torch
 
-        stored = self.stored[name]
-        value = stored if rows is None else stored[rows.to(stored.device)]
-        value = value.to(self.device, torch.float32)
+        stored, room = self.stored[name], None
+        lent = self.lender._in_memory(name) if self.lender and rows is None else None
+        if rows is None and name in self._unchanged:
+            value, room = self._unchanged[name]
+        elif lent is not None:
+            value = lent
+        else:
+            value = stored if rows is None else stored[rows.to(stored.device)]
+            value = value.to(self.device, torch.float32)
         if self._change is None:
             return value
-        return self._change(self._first_names[stored.data_ptr()], value, rows)
+        return self._change(self._first_names[stored.data_ptr()], value, rows, room)
 
     def _refill(self, block: str | None) -> None:
         self._fill(self._small[block])
         if block is not None:
             self._fill(self._matrices[block])
-            for tell in self.after_taking:
-                tell(block)
 
     def _fill(self, places: list[Place]) -> None:
         """Give parameters their values; skeletons share them."""

@@ -144,6 +144,21 @@ class Parts:
         place = self.places[role]
         return place.whole()[place.rows]
 
+    def reordered(self, role: str, order: np.ndarray, axis: int = 0) -> "torch.Tensor":
+        """A part with its rows, or columns, as (out, in), in another order; in the file's layout,
+        in which it is at once what `having` puts in place.
+        """
+        import torch
+
+        place = self.places[role]
+        stored = place.module._parameters[place.attribute]
+        chosen = torch.from_numpy(order)
+        if axis == 0 and place.rows is not ...:
+            chosen = place.rows[chosen]
+        flipped = stored.dim() == 2 and place.turned(stored) is not stored
+        found = stored.index_select(1 - axis if flipped else axis, chosen.to(stored.device))
+        return place.turned(found)
+
     @contextlib.contextmanager
     def having(self, values: Values) -> Iterator[None]:
         """Let the block compute with other values of some parts for a while."""
@@ -153,9 +168,12 @@ class Parts:
         try:
             for role, value in values.items():
                 place = self.places[role]
-                new = place.whole().clone()
-                new[place.rows] = value
                 parameters, key = place.module._parameters, (place.module, place.attribute)
+                if place.rows is ...:
+                    new = value
+                else:  # others have pieces of the same matrix, perhaps values too
+                    new = place.whole() if key in own else place.whole().clone()
+                    new[place.rows] = value
                 own.setdefault(key, parameters[place.attribute])
                 new = torch.nn.Parameter(place.turned(new).contiguous(), requires_grad=False)
                 parameters[place.attribute] = new

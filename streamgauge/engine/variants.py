@@ -147,7 +147,9 @@ def _moved(mapped: Mapped, table: str, step: int) -> Change:
 
     whole = mapped.stored[table]
 
-    def change(name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
+    def change(
+        name: str, values: "torch.Tensor", rows: "torch.Tensor | None", room: Any
+    ) -> "torch.Tensor":
         if mapped.stored[name].data_ptr() != whole.data_ptr():
             return values
         asked = torch.arange(len(whole)) if rows is None else rows.to(whole.device)
@@ -159,7 +161,9 @@ def _moved(mapped: Mapped, table: str, step: int) -> Change:
 def _instead(mapped: Mapped, table: str, other: str) -> Change:
     """One table in the place of another."""
 
-    def change(name: str, values: "torch.Tensor", rows: "torch.Tensor | None") -> "torch.Tensor":
+    def change(
+        name: str, values: "torch.Tensor", rows: "torch.Tensor | None", room: Any
+    ) -> "torch.Tensor":
         if name != table:
             return values
         whole = mapped.stored[other]
@@ -212,7 +216,9 @@ def _skeleton_with(mapped: Mapped, entries: dict[str, Any], attention: str = "ea
         if name in kept:
             path, _, attribute = name.rpartition(".")
             skeleton.get_submodule(path)._buffers[attribute] = buffer
-    return Mapped(skeleton, mapped.stored, str(mapped.device))
+    other = Mapped(skeleton, mapped.stored, str(mapped.device))
+    other.lender = mapped
+    return other
 
 
 def logits_of(mapped: Mapped, ids: "torch.Tensor", every: int = 1) -> "torch.Tensor":

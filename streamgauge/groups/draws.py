@@ -3,23 +3,25 @@
 All draws go through the blocks in one walk, each three times: as it is; with other tokens behind
 its beginning; and with noise of a known size on the stream before every block, which says what
 rounding may do. A fourth time through blocks whose weights are the same function in another order.
+A few go through the whole model besides, as transformers itself runs it.
 A draw that breaks a law is then made as small as it can be, with walks of its own.
 """
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.checkpoints.untrusted import strange
-from streamgauge.engine.anatomy import first
+from streamgauge.engine.abreast import Abreast
 from streamgauge.engine.blockwise import Batch, Blockwise
 from streamgauge.engine.forward import Found, PromptRun, walk
 from streamgauge.engine.layout import Layout
 from streamgauge.engine.load import context_length
+from streamgauge.engine.mapped import Mapped
 from streamgauge.engine.parts import Parts, Values
 from streamgauge.engine.probe import quiet
 from streamgauge.engine.variants import with_attention
@@ -57,9 +59,9 @@ NOT_DRAWN = {
 # Parameters that choose among others, by their names.
 CHOOSING = re.compile(r"router|expert|indexer")
 CHOOSES = "it chooses among experts or tokens, and rounding alone may turn a choice"
-# Draws that are kept of POOL times as many: one nearly as long as any, and others as long as all
-# together have no more tokens than this for each.
-TOKENS, POOL, LONG = 16, 4, 2 / 3
+# Draws that are kept of POOL times as many, which together have no more tokens than this for each:
+# one that takes up to half of them, and the first tokens of others, at most so many.
+TOKENS, POOL, SHORT = 10, 4, 6
 WHOLE = 512  # tokens of these at most: scores of all heads are held at once
 COPIES = 3  # of a draw: itself, with another end, with noise
 STREAMS = 2**29  # bytes of streams that are held
@@ -114,6 +116,17 @@ class DrawsGroup:
             if is_scale_blind(layout) and not self.chooses and "scale_blindness" in laws
             else []
         )
+        # What the whole model makes of a few draws beside each other, with a cache, and with
+        # another implementation of attention.
+        self.whole: dict[str, tuple[list[int], Whole]] = {}
+        for name in [] if self.chooses else [name for name in WAYS if name in laws]:
+            with self._failing(name):
+                # A batch needs several lengths; the others would run the short one filled up.
+                chosen = self.few if name == "batch" else self.few[-1:]
+                few = [replace(draws[n], ids=draws[n].ids[:WHOLE]) for n in chosen]
+                whole = WAYS[name](model, few)
+                if whole is not None:
+                    self.whole[name] = (chosen, whole)
         twinned = set(TWINS) & set(laws) and not self.chooses
         self.twins = [model.enter([list(draw.ids)]) for draw in draws] if twinned else []
         self.generator = torch.Generator().manual_seed(0)
@@ -126,6 +139,9 @@ class DrawsGroup:
         self.run.visit(layer)
         for blind in self.blind:
             blind.visit(layer)
+        for name, (_, whole) in list(self.whole.items()):
+            with self._failing(name):
+                whole.visit(layer)
         if self.chooses:
             return
         parts = Parts(
@@ -144,6 +160,15 @@ class DrawsGroup:
             changes = self._through_twin(layer, parts, alike)
             for n, change in zip(alike, changes, strict=False):
                 self.ratios[kind][n, layer] = change / allowed[n]
+
+    @contextlib.contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """What a law asks for may be something that this architecture cannot do."""
+        try:
+            yield
+        except strange(CheckpointError, NotImplementedError) as error:
+            self.failed[name] = f"{type(error).__name__}: {first_line(error)}"
+            self.whole.pop(name, None)
 
     def found(self) -> Found:
         """Arrays of the group, and why others are absent."""
@@ -236,24 +261,11 @@ class DrawsGroup:
         return {"scale_blindness": ratios}
 
     def _of_the_whole(self) -> dict[str, np.ndarray]:
-        """What the whole model makes of a few draws beside each other, with a cache, and with
-        another implementation of attention, held to the walk over the blocks.
-        """
+        """The whole model's streams, held to those of the walk over the blocks."""
         found: dict[str, np.ndarray] = {}
-        wanted = [] if self.chooses else [name for name in WAYS if name in self.laws]
-        for name in wanted:
-            # A batch needs rows of several lengths; the others would run the short one filled up.
-            chosen = self.few if name == "batch" else self.few[-1:]
-            few = [replace(self.draws[n], ids=self.draws[n].ids[:WHOLE]) for n in chosen]
-            try:
-                streams = WAYS[name](self.model, few)
-            except strange(CheckpointError, NotImplementedError) as error:
-                self.failed[name] = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            if streams is None:
-                continue
+        for name, (chosen, whole) in self.whole.items():
             ratios = found[name] = np.full((len(self.draws), 1), -1.0)
-            for stream, n in zip(streams, chosen, strict=True):
+            for stream, n in zip(whole.streams(), chosen, strict=True):
                 clean, noisy = self._stream(n, 0), self._stream(n, 2)
                 ratios[n] = _change(stream, clean[: len(stream)]) / self._allowed(noisy, clean)
         return found
@@ -280,7 +292,8 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
     if kind == "mlp":
         order = generator.permutation(parts["W_in"].shape[0])
         roles = [role for role in ("W_in", "W_gate", "b_in", "b_gate") if role in parts]
-        return {role: parts[role][order] for role in roles} | {"W_out": parts["W_out"][:, order]}
+        values = {role: parts.reordered(role, order) for role in roles}
+        return values | {"W_out": parts.reordered("W_out", order, 1)}
     if not parts.d_head or (draw.twin == "heads" and _is_biased(batch, layer)):
         return {}
     groups = parts.n_heads // parts.n_kv
@@ -294,8 +307,8 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
         order = generator.permutation(parts.d_head)
         kv, heads = of_kv[:, order].ravel(), of_heads[..., order].ravel()
         rows = dict.fromkeys(("W_V", "b_V"), kv)
-    values = {role: parts[role][own] for role, own in rows.items() if role in parts}
-    return values | {"W_O": parts["W_O"][:, heads]}
+    values = {role: parts.reordered(role, own) for role, own in rows.items() if role in parts}
+    return values | {"W_O": parts.reordered("W_O", heads, 1)}
 
 
 def _is_biased(batch: Batch, layer: int) -> bool:
@@ -332,27 +345,31 @@ def _type(model: Blockwise) -> str:
     return str(model.mapped.model.config.get_text_config().model_type)
 
 
-class _Seen(Exception):
-    """The last block has returned."""
+@dataclass(frozen=True)
+class Whole:
+    """Transformers' own forward passes for some draws. passes: each with the layer at which it
+    begins. put: what their streams come to, (draws, positions, d_model). lengths: of the draws.
+    """
+
+    passes: list[tuple[int, Abreast]]
+    put: "Callable[[list[torch.Tensor]], torch.Tensor]"
+    lengths: list[int]
+
+    def visit(self, layer: int) -> None:
+        """Take all that have begun through a block."""
+        for start, one in self.passes:
+            if layer >= start:
+                one.go_through(layer)
+
+    def streams(self) -> "list[torch.Tensor]":
+        """Of each draw what the last block returned, without what it was filled up with."""
+        streams = self.put([one.stream for _, one in self.passes])
+        return [stream[:n] for stream, n in zip(streams, self.lengths, strict=True)]
 
 
-def _last_streams(model: Blockwise, mapped: Any, ids: "torch.Tensor", **more: Any) -> Any:
-    """What the last block returns in transformers' own forward pass, which goes no further."""
-    import torch
-
-    caught: list[torch.Tensor] = []
-
-    def catch(module: Any, args: Any, output: Any) -> None:
-        caught.append(first(output).float().clone())
-        raise _Seen
-
-    handle = mapped.model.get_submodule(model.paths[-1]).register_forward_hook(catch)
-    try:
-        with torch.no_grad(), contextlib.suppress(_Seen):
-            mapped.model(input_ids=ids, **more)
-    finally:
-        handle.remove()
-    return caught[0]
+def _abreast(model: Blockwise, mapped: Mapped, ids: "torch.Tensor", **more: Any) -> Abreast:
+    blocks = [mapped.model.get_submodule(path) for path in model.paths]
+    return Abreast(lambda: mapped.model(input_ids=ids, **more), blocks)
 
 
 def _beside(model: Blockwise, draws: Sequence[Draw]) -> "tuple[torch.Tensor, list[int]]":
@@ -374,43 +391,47 @@ def _padding(model: Blockwise) -> int | None:
     return pad
 
 
-def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor]":
+def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> Whole:
     import torch
 
     ids, lengths = _beside(model, draws)
-    # Another row first, so that none is alone.
-    rows = torch.cat([ids[:1].roll(1, 1), ids.flip(0)])
-    streams = _last_streams(model, model.mapped, rows, **quiet(model.mapped.model))[1:].flip(0)
-    return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
+    rows = ids if len(ids) > 1 else torch.cat([ids, ids.roll(1, 1)])  # so that none is alone
+    one = _abreast(model, model.mapped, rows, **quiet(model.mapped.model))
+    return Whole([(0, one)], lambda streams: streams[0][: len(draws)], lengths)
 
 
-def _with_a_cache(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor] | None":
+def _with_a_cache(model: Blockwise, draws: Sequence[Draw]) -> Whole | None:
     import torch
     from transformers import DynamicCache
 
     plain = model.mapped.model
+    config = plain.config.get_text_config()
     ids, lengths = _beside(model, draws)
     half = ids.shape[1] // 2
     if not half or not quiet(plain) or any(path is None for path in model.seen.attention):
         return None
-    cache = DynamicCache(config=plain.config.get_text_config())
-    parts = [
-        _last_streams(model, model.mapped, part, past_key_values=cache, use_cache=True)
+    cache = DynamicCache(config=config)
+    begun, rest = (
+        _abreast(model, model.mapped, part, past_key_values=cache, use_cache=True)
         for part in (ids[:, :half], ids[:, half:])
-    ]
-    return [stream[:n] for stream, n in zip(torch.cat(parts, 1), lengths, strict=True)]
+    )
+    # The second begins with masks for each type of layer, as long as the first that is of it has
+    # keys.
+    types = getattr(config, "layer_types", None) or [""]
+    start = max(types.index(one) for one in types)
+    return Whole([(0, begun), (start, rest)], lambda streams: torch.cat(streams, 1), lengths)
 
 
-def _with_other_attention(model: Blockwise, draws: Sequence[Draw]) -> "list[torch.Tensor] | None":
+def _with_other_attention(model: Blockwise, draws: Sequence[Draw]) -> Whole | None:
     mapped = with_attention(model.mapped, "sdpa")
     if mapped is None or _is_biased(model.enter([list(draws[0].ids)]), 0):
         return None
     ids, lengths = _beside(model, draws)
-    streams = _last_streams(model, mapped, ids, **quiet(mapped.model))
-    return [stream[:n] for stream, n in zip(streams, lengths, strict=True)]
+    one = _abreast(model, mapped, ids, **quiet(mapped.model))
+    return Whole([(0, one)], lambda streams: streams[0][: len(draws)], lengths)
 
 
-WAYS: "dict[str, Callable[[Blockwise, Sequence[Draw]], list[torch.Tensor] | None]]" = {
+WAYS: dict[str, Callable[[Blockwise, Sequence[Draw]], Whole | None]] = {
     "batch": _in_a_batch,
     "cache": _with_a_cache,
     "attention_implementation": _with_other_attention,
@@ -426,20 +447,22 @@ def draws_group(model: Blockwise, layout: Layout, texts: Prompts, drawn: int) ->
 
     most = min(TOKENS * drawn, STREAMS // (4 * (COPIES + 1) * layout.d_model))
     pool = all_draws(sequences(model, texts, drawn), POOL * drawn)
-    # One that shows what goes wrong far from the beginning, the simplest, and as many short ones as
-    # there is room for.
-    longest = max(len(one.ids) for one in pool)
-    far = [one for one in pool if len(one.ids) > LONG * longest][:1]
-    pool = list(dict.fromkeys([*far, *pool]))
-    pool[2:] = sorted(pool[2:], key=lambda one: not 1 < len(one.ids) <= TOKENS)
+    # One that shows what goes wrong far from the beginning, the simplest, and of as many others as
+    # there is room for the beginnings, of those first that have more than one token.
+    fitting = [one for one in pool if len(one.ids) <= most // 2] or pool[:1]
+    far = max(fitting, key=lambda one: len(one.ids))
+    others = sorted(map(_beginning, pool[1:]), key=lambda one: len(one.ids) == 1)
     kept: list[Draw] = []
-    for draw in pool:
-        fits = sum(len(one.ids) for one in kept) + len(draw.ids) <= most
-        if len(kept) < drawn and (fits or not kept):
+    for draw in dict.fromkeys([far, pool[0], *others]):
+        if len(kept) < drawn and sum(len(one.ids) for one in (*kept, draw)) <= most:
             number = len(kept) % len(TWINS)
             seed = kept[number].seed if len(kept) >= len(TWINS) else draw.seed
             kept.append(replace(draw, twin=TWINS[number], seed=seed))
     return DrawsGroup(model, layout, kept)
+
+
+def _beginning(draw: Draw) -> Draw:
+    return replace(draw, ids=draw.ids[:SHORT], kept=min(draw.kept, SHORT))
 
 
 def examples(group: DrawsGroup, arrays: dict[str, np.ndarray], texts: Prompts) -> dict[str, Any]:

@@ -406,7 +406,7 @@ class Search:
         """Let a held block, one of a layer and the next, have the other's weights."""
         mapped, (one, other) = self.model.mapped, self.model.paths[layer : layer + 2]
 
-        def change(name: str, values: "torch.Tensor", rows: Any) -> "torch.Tensor":
+        def change(name: str, values: "torch.Tensor", rows: Any, room: Any) -> "torch.Tensor":
             here, there = (one, other) if name.startswith(f"{one}.") else (other, one)
             weight = mapped.stored[there + name.removeprefix(here)]
             return weight.to(values.device, values.dtype)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 EARLY = slice(1, 7)  # positions 1 to 6, whose vectors are resampled
 EARLY_PROMPTS = 32  # how many prompts lend theirs; 192 values a coordinate
 PRECISION = 0.01  # standard error of each layer's mean norm, relative to it
-BATCH = 512
-KEPT_BATCHES = 4  # of the Gaussian sequence, which every layer is given from its start
+BATCH = 256
+KEPT_BATCHES = 8  # of the Gaussian sequence, which every layer is given from its start
 SHORT = f"no prompt has positions {EARLY.start} to {EARLY.stop - 1}"
 
 Sampler = Callable[[int], "torch.Tensor"]  # from a batch's number to its vectors, (BATCH, d_model)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KINDS = ("attn", "mlp")  # of outputs that are compared
 NOISE = 2.0**-12  # largest relative error of a weight
 DRAWS = 6
-TOKENS = 128
+TOKENS = 64
 PERIOD = 2**20 + 7  # prime: no width divides it, so that no two rows of a matrix are noisy alike
 
 
@@ -146,9 +146,15 @@ class Noise:
         )
 
     def __call__(
-        self, name: str, values: "torch.Tensor", rows: "torch.Tensor | None"
+        self,
+        name: str,
+        values: "torch.Tensor",
+        rows: "torch.Tensor | None",
+        room: "torch.Tensor | None",
     ) -> "torch.Tensor":
-        """Weights with noise; rows: which of the parameter's rows these are, all where None."""
+        """Weights with noise; rows: which of the parameter's rows these are, all where None; room:
+        where they may be put.
+        """
         import torch
 
         start = zlib.crc32(f"{name} {self.draw}".encode()) % PERIOD
@@ -159,7 +165,7 @@ class Noise:
                     (start + rows.cpu() * width) % PERIOD
                 ].to(values.device)
             start = (start + int(rows[0]) * width) % PERIOD
-        noisy = torch.empty(values.shape, device=values.device)
+        noisy = torch.empty(values.shape, device=values.device) if room is None else room
         factors = self.twice[start : start + min(PERIOD, values.numel())].to(values.device)
         # PERIOD at a time: the noise of all of them would be as large as they are.
         for some, own in zip(

@@ -4,21 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FRACTIONS = (
-    0,
-    1 / 16,
-    1 / 8,
-    3 / 16,
-    1 / 4,
-    5 / 16,
-    3 / 8,
-    7 / 16,
-    1 / 2,
-    5 / 8,
-    3 / 4,
-    7 / 8,
-    1,
-)  # of the depth
+FRACTIONS = tuple(n / 16 for n in (0, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16))  # of the depth
 
 
 @dataclass(frozen=True)
@@ -78,8 +64,9 @@ def default_grid(n_layers: int) -> list[int]:
     """Horizons that are tried: more where the loss bends, and one beyond the depth, which leaves
     nothing out.
 
-    A horizon k > 0 costs 1 - k / n_layers of a forward pass, all together about 6.5; each an
-    unembedding besides.
+    A horizon k > 0 costs 1 - k / n_layers of a forward pass, all together about 4.7; each an
+    unembedding besides. The shortest ones, which cost most, would say least: gpt2-xl's loss falls
+    from a fifth of its depth on, other models' later.
     """
     return sorted({round(fraction * n_layers) for fraction in FRACTIONS} | {n_layers + 1})
 
