@@ -150,7 +150,8 @@ def held_twice(files: Sequence[Path]) -> str | None:
     places: dict[str, list[Path]] = {}
     for header in headers(files):
         places.setdefault(header.name, []).append(header.path)
-    for name, paths in sorted(places.items()):
+    twice = {name: paths for name, paths in sorted(places.items()) if len(paths) > 1}
+    for name, paths in twice.items():
         if len({zlib.crc32(read_raw(path, name)) for path in paths}) > 1:
             said = " and ".join(path.name for path in paths)
             return (
