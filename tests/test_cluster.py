@@ -1,9 +1,7 @@
 """Records that machines share: a store behind a URL, and measuring on a Ray cluster of one node.
-tests/real kills one of two.
+tests/real kills one of two, and audits.
 """
 
-import importlib
-import json
 import os
 import tempfile
 import threading
@@ -25,7 +23,6 @@ from tests import models
 from tests.records import sound_record
 
 Running = Callable[..., Any]
-TIMED = ("cost", "reproduce")  # what tells one run of an audit from another
 NODES = [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "memory": 3e9, "GPU": 1.0}]
 
 
@@ -139,34 +136,6 @@ def test_nodes_are_told_whole_paths() -> None:
     assert told.store.folder == Path.cwd() / "store"
     assert told.measuring == {"prompts": Path.cwd() / "p.txt", "device": "cpu"}
     assert cluster._from_anywhere(Asked(Store.at("s3://x"))).store.url == "s3://x"
-
-
-def test_rows_are_those_of_an_audit_without_a_cluster(run_pytest: Running, tmp_path: Path) -> None:
-    """And what cannot be measured keeps nothing of the others."""
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
-    for n in (1, 2):
-        models.save(models.gpt2(n, seed=n), tmp_path / f"m{n}")
-    broken = models.save(models.gpt2(1), tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"nothing")
-    asked = [f"--model={tmp_path / name}" for name in ("m1", "broken", "m2")]
-    rows = {}
-    for name, options in (("here", []), ("cluster", ["--ray"])):
-        done = run_pytest(
-            "invariants", *asked, *options, f"--store={tmp_path / name}",
-            f"--report={tmp_path / name / 'report'}", "-q",
-        )  # fmt: skip
-        assert done.returncode == 1, done.stdout + done.stderr
-        lines = (tmp_path / name / "report" / "rows.jsonl").read_text().splitlines()
-        rows[name] = [json.loads(line) for line in lines]
-    for here, there in zip(rows["here"], rows["cluster"], strict=True):
-        # hypothesis draws constants of the modules that a process has imported.
-        left_out = (*TIMED, "value", "of", "values", "margin") if " drawn" in str(here) else TIMED
-        for name in left_out:
-            here.pop(name), there.pop(name)
-        assert here == there
-    assert {row["outcome"] for row in rows["here"] if row["model"] == "broken"} == {"error"}
-    assert {row["outcome"] for row in rows["here"] if row["model"] == "m2"} > {"pass"}
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,14 @@ def test_two_processes_measure_the_same_model_at_once(folder: Path, tmp_path: Pa
         "--model",
         str(folder),
     ]
-    command += ["--store", str(tmp_path / "store"), "-k", "additivity or integrity"]
+    command += [
+        "--store",
+        str(tmp_path / "store"),
+        "-k",
+        "additivity or integrity",
+        "--neighbours",
+        "none",
+    ]
     running = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]

@@ -2,8 +2,9 @@
 
 import contextlib
 import importlib.util
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.skipif(
     reason="ray, moto or s3fs is not installed",
 )
 MODELS, KILLED_AFTER = 24, 12
+TIMED = ("cost", "reproduce")  # what tells one run of an audit from another
+Running = Callable[..., Any]
 
 
 @pytest.fixture
@@ -92,3 +95,29 @@ def test_a_node_that_dies_costs_what_it_was_at(
     for folder in folders:  # and this machine finds them too
         key = asked.store.key(open_checkpoint(folder), None, "cpu")
         assert asked.store.find(key) is not None
+
+
+def test_rows_are_those_of_an_audit_without_a_cluster(run_pytest: Running, tmp_path: Path) -> None:
+    """And what cannot be measured keeps nothing of the others."""
+    for n in (1, 2):
+        models.save(models.gpt2(n, seed=n), tmp_path / f"m{n}")
+    broken = models.save(models.gpt2(1), tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    asked = [f"--model={tmp_path / name}" for name in ("m1", "broken", "m2")]
+    rows = {}
+    for name, options in (("here", []), ("cluster", ["--ray"])):
+        done = run_pytest(
+            "invariants", *asked, *options, f"--store={tmp_path / name}",
+            f"--report={tmp_path / name / 'report'}", "-q",
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout + done.stderr
+        lines = (tmp_path / name / "report" / "rows.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    for here, there in zip(rows["here"], rows["cluster"], strict=True):
+        # hypothesis draws constants of the modules that a process has imported.
+        left_out = (*TIMED, "value", "of", "values", "margin") if " drawn" in str(here) else TIMED
+        for name in left_out:
+            here.pop(name), there.pop(name)
+        assert here == there
+    assert {row["outcome"] for row in rows["here"] if row["model"] == "broken"} == {"error"}
+    assert {row["outcome"] for row in rows["here"] if row["model"] == "m2"} > {"pass"}
