@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from streamgauge.numerics.draws import LAWS, NAMES, NO_NUMBER, TWINS, Draw
 
 if TYPE_CHECKING:
     from streamgauge.diff import Comparison
+    from streamgauge.store import Store
 
 FAILED, INTERRUPTED, USAGE = 1, 2, 4
 LISTED = 10  # differences of a kind that `diff` prints
@@ -103,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="MODEL", help="a folder, a catalogued name or a hub repository"
     )
     measuring.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the record, FILE.safetensors"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the record, FILE.safetensors; of several models, or beside --store, a folder for "
+        "NAME.safetensors of each",
     )
     measuring.add_argument(
         "--store",
@@ -268,8 +275,13 @@ def _laws(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    if (options.store is None) == (options.output is None):
-        raise SettingsError("name one place for what is measured: -o FILE, or --store.")
+    if options.store is None and options.output is None:
+        raise SettingsError("name a place for what is measured: -o FILE, or --store.")
+    if options.store is None and (len(options.models) > 1 or options.ray is not None):
+        raise SettingsError(
+            "several models, and a cluster, need a --store; with -o FOLDER each record also lies "
+            "there by its model's name."
+        )
     opening = {"allow_pickle": options.allow_pickle, "verify": options.verify}
     measuring = {
         "prompts": options.prompts,
@@ -291,8 +303,6 @@ def _measure_one(
     from streamgauge.measure import measure
     from streamgauge.record import Record
 
-    if len(options.models) > 1 or options.ray is not None:
-        raise SettingsError("-o takes the record of one model measured here; name a --store.")
     if options.output.is_dir():
         raise SettingsError(f"{options.output} is a folder; name a file with -o.")
     if options.output.is_file():
@@ -313,6 +323,8 @@ def _measure_into_store(
     from streamgauge.progress import track
     from streamgauge.store import Store
 
+    if options.output is not None and options.output.is_file():
+        raise SettingsError(f"{options.output} is a file; beside --store name a folder with -o.")
     asked = Asked(Store.at(options.store), opening, measuring)
     asked.store.prepare()
     jobs = [job_of(name, location(name), options.revision) for name in options.models]
@@ -323,6 +335,8 @@ def _measure_into_store(
     problems = [one for one in found if one.problem]
     for one in problems:
         print(f"streamgauge: {one.key}: {one.problem}", file=sys.stderr)
+    if options.output is not None:
+        _copy_by_name([one.stored for one in found if one.stored], asked.store, options.output)
     new, again = sum(one.measured for one in found), sum(one.starts > 1 for one in found)
     print(
         f"{asked.store}: {new} measured, {len(found) - new - len(problems)} were there, "
@@ -330,6 +344,21 @@ def _measure_into_store(
         + (f"; {again} begun again after a node was lost" if again else "")
     )
     return FAILED if problems else 0
+
+
+def _copy_by_name(keys: list[str], store: "Store", folder: Path) -> None:
+    """Records of a store as FOLDER/NAME.safetensors: by their models, and revisions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for key in keys:
+        record = store.find(key)
+        if record is None:
+            continue  # somebody else has cleared the store meanwhile
+        named = (record.metadata["model"], record.metadata["revision"])
+        plain = re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in named if part)).strip("-.")
+        name = next(n for n in (plain, f"{plain}-{key[:8]}") if n not in taken)
+        taken.add(name)
+        record.save(folder / f"{name}.safetensors")
 
 
 def _replay(options: argparse.Namespace) -> int:

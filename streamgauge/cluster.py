@@ -29,7 +29,7 @@ from streamgauge.numerics.circuits import Task
 from streamgauge.numerics.names import layer_of
 from streamgauge.store import Store
 
-RETRIES = 2  # of a checkpoint whose node died
+RETRIES = 1  # of a checkpoint whose node died
 BASE, BLOCKS = 1.5e9, 3  # bytes that a measurement stays below, and blocks: docs/performance.md
 PER_PROCESSOR = 4e9  # bytes of fp32 weights for which one more is asked
 FP32 = 4  # bytes a number
@@ -59,12 +59,14 @@ class Job:
 @dataclass(frozen=True)
 class Arrival:
     """What became of one job. measured: whether that took a measurement, or the store had it;
-    starts: how often it was begun; problem: why there is no record.
+    starts: how often it was begun; stored: the store's key of its record; problem: why there is
+    none.
     """
 
     key: str
     measured: bool = False
     starts: int = 1
+    stored: str | None = None
     problem: StreamgaugeError | None = None
 
 
@@ -143,7 +145,8 @@ def measured_here(jobs: Sequence[Job], asked: Asked) -> Iterator[Arrival]:
     """The same one after another in this process."""
     for job in jobs:
         try:
-            yield Arrival(job.key, _into_store(job, asked, show=True)[1])
+            stored, new = _into_store(job, asked, show=True)
+            yield Arrival(job.key, new, stored=stored)
         except StreamgaugeError as error:
             yield Arrival(job.key, problem=error)
 
@@ -167,7 +170,7 @@ def _arrival(ray: Any, task: Any, job: Job, starts: int, store: Store) -> Arriva
             "all machines share, a folder or a URL."
         )
         return Arrival(job.key, starts=starts, problem=lost)
-    return Arrival(job.key, found[1], starts)
+    return Arrival(job.key, found[1], starts, found[0])
 
 
 class _Starts:

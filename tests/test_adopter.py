@@ -169,3 +169,20 @@ def test_a_failure_that_could_not_be_measured_is_never_known(
     (folder / "model.safetensors").write_bytes(b"no")
     found = audit("--model", folder, "-k", "additivity")
     assert found.row("residual/additivity")["outcome"] == "error" and found.exit == 1
+
+
+def test_a_model_that_is_not_audited_is_named(
+    audit: Callable[..., Audit], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A band of another checkpoint does no harm, and is not silently without an effect."""
+    from fixtures import adopter
+
+    left_out = [{"law": "residual/additivity", "reason": "r", "model": "last-year"}]
+    monkeypatch.setattr(
+        adopter,
+        "read_settings",
+        lambda root: adopter.Settings(ROOT / "streamgauge.toml", {"leave_out": left_out}),
+    )
+    folder = models.save(models.gpt2(1), tmp_path / "this-year")
+    found = audit("--model", folder, "-k", "integrity")
+    assert "streamgauge.toml speaks of last-year too, not audited here" in found.output

@@ -18,6 +18,7 @@ from fixtures import distribution
 from streamgauge import cluster
 from streamgauge.cluster import Asked, Job, job_of, measured
 from streamgauge.errors import NotInstalledError, NotMeasured, StoreError
+from streamgauge.record import Record
 from streamgauge.store import Store
 from tests import models
 from tests.records import sound_record
@@ -166,7 +167,11 @@ def test_measure_takes_many_models_into_a_store(run_streamgauge: Running, tmp_pa
     assert done.returncode == 1
     assert "2 measured, 0 were there, 1 could not be measured" in done.stdout
     assert f"{tmp_path / 'nowhere'}: " in done.stderr
-    assert "0 measured, 2 were there, 1 could not be" in run_streamgauge(*asked).stdout
+    again = run_streamgauge(*asked, "-o", tmp_path / "by name")
+    assert "0 measured, 2 were there, 1 could not be" in again.stdout
+    named = {path.name: Record.load(path) for path in (tmp_path / "by name").iterdir()}
+    assert named.keys() == {"m1.safetensors", "m2.safetensors"}
+    assert named["m2.safetensors"].n_layers == 2
     for wrong in (["-o", tmp_path / "r.safetensors"], []):
         done = run_streamgauge("measure", *names, *wrong)
         assert done.returncode == 4 and "--store" in done.stderr
