@@ -125,6 +125,20 @@ def drawn(
     return arrays, examples(group, arrays, TEXTS)["examples"]
 
 
+def test_every_block_is_read_once(folder: Path) -> None:
+    """Passes of the whole model, one of them of another skeleton, take what the walk has."""
+    model = Blockwise(load_model(open_checkpoint(folder), "cpu").mapped)
+    group = draws_group(model, probe_layout(model), TEXTS, DRAWS)
+    read, lent = [], []
+    model.mapped.after_taking.append(read.append)
+    in_memory = model.mapped._in_memory
+    model.mapped._in_memory = lambda name: lent.append(in_memory(name)) or lent[-1]
+    walk(model, {"draws": group})
+    assert read == model.paths
+    assert len(group.whole) == 3
+    assert lent and all(matrix is not None for matrix in lent)
+
+
 def test_a_sound_model_breaks_nothing(folder: Path) -> None:
     arrays, found = drawn(folder)
     assert arrays.keys() == LAWS.keys()

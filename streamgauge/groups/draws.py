@@ -10,21 +10,25 @@ A draw that breaks a law is then made as small as it can be, with walks of its o
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamgauge.checkpoints.untrusted import strange
-from streamgauge.engine.abreast import Abreast
 from streamgauge.engine.blockwise import Batch, Blockwise
 from streamgauge.engine.forward import Found, PromptRun, walk
 from streamgauge.engine.layout import Layout
 from streamgauge.engine.load import context_length
-from streamgauge.engine.mapped import Mapped
 from streamgauge.engine.parts import Parts, Values
-from streamgauge.engine.probe import quiet
-from streamgauge.engine.variants import with_attention
+from streamgauge.engine.whole import (
+    Whole,
+    in_a_batch,
+    is_biased,
+    padding_token,
+    with_a_cache,
+    with_other_attention,
+)
 from streamgauge.errors import CheckpointError, first_line
 from streamgauge.groups.reasons import NO_LN1, POST_NORM
 from streamgauge.groups.stream import StreamMeter
@@ -62,14 +66,19 @@ CHOOSES = "it chooses among experts or tokens, and rounding alone may turn a cho
 # Draws that are kept of POOL times as many, which together have no more tokens than this for each:
 # one that takes up to half of them, and the first tokens of others, at most so many.
 TOKENS, POOL, SHORT = 10, 4, 6
-WHOLE = 512  # tokens of these at most: scores of all heads are held at once
+WHOLE = 512  # tokens of those that the whole model is run on: scores of all heads are held at once
 COPIES = 3  # of a draw: itself, with another end, with noise
 STREAMS = 2**29  # bytes of streams that are held
 WALKS = 100  # by which a draw that breaks a law is made smaller
-BIASED = ("alibi", "position_bias")  # what attention adds by head beside its weights
 # Architectures whose fused q, k and v are known to lie as parts take them to.
 FUSED = ("gpt2", "gpt_neox", "bloom", "phi3")
 SHARED_NORM = re.compile(r"(^|\.)(q|k|query|key)_?(layer_?)?norm$")
+# How the whole model is run otherwise, by the law that it is to make no difference.
+WAYS: dict[str, Callable[[Blockwise, Sequence[Sequence[int]]], Whole | None]] = {
+    "batch": in_a_batch,
+    "cache": with_a_cache,
+    "attention_implementation": with_other_attention,
+}
 # Laws that compare two runs, which rounding may send different ways.
 COMPARED = [law for law in LAWS if law not in ("additivity", "contribution_bound")]
 
@@ -123,8 +132,7 @@ class DrawsGroup:
             with self._failing(name):
                 # A batch needs several lengths; the others would run the short one filled up.
                 chosen = self.few if name == "batch" else self.few[-1:]
-                few = [replace(draws[n], ids=draws[n].ids[:WHOLE]) for n in chosen]
-                whole = WAYS[name](model, few)
+                whole = WAYS[name](model, [draws[n].ids[:WHOLE] for n in chosen])
                 if whole is not None:
                     self.whole[name] = (chosen, whole)
         twinned = set(TWINS) & set(laws) and not self.chooses
@@ -263,11 +271,13 @@ class DrawsGroup:
     def _of_the_whole(self) -> dict[str, np.ndarray]:
         """The whole model's streams, held to those of the walk over the blocks."""
         found: dict[str, np.ndarray] = {}
-        for name, (chosen, whole) in self.whole.items():
-            ratios = found[name] = np.full((len(self.draws), 1), -1.0)
-            for stream, n in zip(whole.streams(), chosen, strict=True):
-                clean, noisy = self._stream(n, 0), self._stream(n, 2)
-                ratios[n] = _change(stream, clean[: len(stream)]) / self._allowed(noisy, clean)
+        for name, (chosen, whole) in list(self.whole.items()):
+            ratios = np.full((len(self.draws), 1), -1.0)
+            with self._failing(name):
+                for stream, n in zip(whole.streams(), chosen, strict=True):
+                    clean, noisy = self._stream(n, 0), self._stream(n, 2)
+                    ratios[n] = _change(stream, clean[: len(stream)]) / self._allowed(noisy, clean)
+                found[name] = ratios
         return found
 
 
@@ -294,7 +304,7 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
         roles = [role for role in ("W_in", "W_gate", "b_in", "b_gate") if role in parts]
         values = {role: parts.reordered(role, order) for role in roles}
         return values | {"W_out": parts.reordered("W_out", order, 1)}
-    if not parts.d_head or (draw.twin == "heads" and _is_biased(batch, layer)):
+    if not parts.d_head or (draw.twin == "heads" and is_biased(batch, layer)):
         return {}
     groups = parts.n_heads // parts.n_kv
     of_kv = np.arange(parts.n_kv * parts.d_head).reshape(parts.n_kv, parts.d_head)
@@ -309,11 +319,6 @@ def twin(draw: Draw, parts: Parts, model: Blockwise, layer: int, batch: Batch) -
         rows = dict.fromkeys(("W_V", "b_V"), kv)
     values = {role: parts.reordered(role, own) for role, own in rows.items() if role in parts}
     return values | {"W_O": parts.reordered("W_O", heads, 1)}
-
-
-def _is_biased(batch: Batch, layer: int) -> bool:
-    """Whether a block is handed something that tells its heads from each other."""
-    return any(batch.calls[layer][1].get(name) is not None for name in BIASED)
 
 
 def _is_all(parts: Parts, model: Blockwise, layer: int, kind: str) -> bool:
@@ -343,99 +348,6 @@ def _is_all(parts: Parts, model: Blockwise, layer: int, kind: str) -> bool:
 
 def _type(model: Blockwise) -> str:
     return str(model.mapped.model.config.get_text_config().model_type)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Transformers' own forward passes for some draws. passes: each with the layer at which it
-    begins. put: what their streams come to, (draws, positions, d_model). lengths: of the draws.
-    """
-
-    passes: list[tuple[int, Abreast]]
-    put: "Callable[[list[torch.Tensor]], torch.Tensor]"
-    lengths: list[int]
-
-    def visit(self, layer: int) -> None:
-        """Take all that have begun through a block."""
-        for start, one in self.passes:
-            if layer >= start:
-                one.go_through(layer)
-
-    def streams(self) -> "list[torch.Tensor]":
-        """Of each draw what the last block returned, without what it was filled up with."""
-        streams = self.put([one.stream for _, one in self.passes])
-        return [stream[:n] for stream, n in zip(streams, self.lengths, strict=True)]
-
-
-def _abreast(model: Blockwise, mapped: Mapped, ids: "torch.Tensor", **more: Any) -> Abreast:
-    blocks = [mapped.model.get_submodule(path) for path in model.paths]
-    return Abreast(lambda: mapped.model(input_ids=ids, **more), blocks)
-
-
-def _beside(model: Blockwise, draws: Sequence[Draw]) -> "tuple[torch.Tensor, list[int]]":
-    """Draws as one batch, filled up behind their ends, which nothing before them reads; and how
-    long each is.
-    """
-    import torch
-
-    lengths = [len(draw.ids) for draw in draws]
-    fill = min({0, 1} - {_padding(model)})  # some architectures count positions by what pads
-    rows = [[*draw.ids, *[fill] * (max(lengths) - len(draw.ids))] for draw in draws]
-    return torch.tensor(rows, device=model.device), lengths
-
-
-def _padding(model: Blockwise) -> int | None:
-    """The token that pads, where none but it is said to be so."""
-    config = model.mapped.model.config.get_text_config()
-    pad: int | None = getattr(config, "pad_token_id", None)
-    return pad
-
-
-def _in_a_batch(model: Blockwise, draws: Sequence[Draw]) -> Whole:
-    import torch
-
-    ids, lengths = _beside(model, draws)
-    rows = ids if len(ids) > 1 else torch.cat([ids, ids.roll(1, 1)])  # so that none is alone
-    one = _abreast(model, model.mapped, rows, **quiet(model.mapped.model))
-    return Whole([(0, one)], lambda streams: streams[0][: len(draws)], lengths)
-
-
-def _with_a_cache(model: Blockwise, draws: Sequence[Draw]) -> Whole | None:
-    import torch
-    from transformers import DynamicCache
-
-    plain = model.mapped.model
-    config = plain.config.get_text_config()
-    ids, lengths = _beside(model, draws)
-    half = ids.shape[1] // 2
-    if not half or not quiet(plain) or any(path is None for path in model.seen.attention):
-        return None
-    cache = DynamicCache(config=config)
-    begun, rest = (
-        _abreast(model, model.mapped, part, past_key_values=cache, use_cache=True)
-        for part in (ids[:, :half], ids[:, half:])
-    )
-    # The second begins with masks for each type of layer, as long as the first that is of it has
-    # keys.
-    types = getattr(config, "layer_types", None) or [""]
-    start = max(types.index(one) for one in types)
-    return Whole([(0, begun), (start, rest)], lambda streams: torch.cat(streams, 1), lengths)
-
-
-def _with_other_attention(model: Blockwise, draws: Sequence[Draw]) -> Whole | None:
-    mapped = with_attention(model.mapped, "sdpa")
-    if mapped is None or _is_biased(model.enter([list(draws[0].ids)]), 0):
-        return None
-    ids, lengths = _beside(model, draws)
-    one = _abreast(model, mapped, ids, **quiet(mapped.model))
-    return Whole([(0, one)], lambda streams: streams[0][: len(draws)], lengths)
-
-
-WAYS: dict[str, Callable[[Blockwise, Sequence[Draw]], Whole | None]] = {
-    "batch": _in_a_batch,
-    "cache": _with_a_cache,
-    "attention_implementation": _with_other_attention,
-}
 
 
 def draws_group(model: Blockwise, layout: Layout, texts: Prompts, drawn: int) -> DrawsGroup:
@@ -519,7 +431,7 @@ def sequences(model: Blockwise, texts: Prompts, draws: int) -> Any:
     drawn = token_sequences(
         model.vocabulary, context_length(config), special, texts.rows[:8], draws
     )
-    pad = _padding(model)
+    pad = padding_token(model)
     if pad is None or special.count(pad) != 1 or model.vocabulary == 1:
         return drawn
     # Where it stands for nothing else, it stands for no token.
