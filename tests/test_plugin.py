@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from fixtures.check import _outside
-from reports.render import read_rows
 from streamgauge import plugin
 from streamgauge.measure import measure
 from streamgauge.numerics.bands import Band, below
 from streamgauge.record import Record
 from tests import models
-from tests.conftest import ROOT, shared_checkpoint
+from tests.conftest import ROOT, Audit, shared_checkpoint
 from tests.records import sound_record
 
 
@@ -34,19 +33,16 @@ def test_a_folder_in_two_words_is_not_taken_for_a_test_path(
 
 
 def test_xdist_measures_each_model_once(
-    folder: Path, run_pytest: Callable[..., Any], tmp_path: Path
+    folder: Path, run_pytest: Callable[..., Any], audit: Callable[..., Audit], tmp_path: Path
 ) -> None:
     other = models.save(models.gpt2(3, seed=1), tmp_path / "other")
-    report = tmp_path / "report"
+    report = tmp_path / "by two"
     asked = ["--model", folder, "--model", other, "-k", "additivity or moments or integrity"]
     done = run_pytest(*asked, "--store", tmp_path / "store", "--report", report, "-n", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    alone = ["--store", tmp_path / "alone", "--report", tmp_path / "one"]
-    assert run_pytest(*asked, *alone).returncode == 0
-    found = [
-        [json.loads(line) | {"cost": None} for line in path.read_text().splitlines()]
-        for path in (report / "rows.jsonl", tmp_path / "one" / "rows.jsonl")
-    ]
+    rows = [json.loads(line) for line in (report / "rows.jsonl").read_text().splitlines()]
+    alone = audit(*asked, "--store", tmp_path / "alone").rows
+    found = [[row | {"cost": None} for row in of] for of in (rows, alone)]
     assert len(found[0]) == 6 and found[0] == found[1]
     assert {path.name for path in (report / "records").iterdir()} == {
         "somebody.safetensors",
@@ -129,17 +125,9 @@ def test_the_wheel_carries_laws_fixtures_and_reports(
 
 
 @pytest.mark.parametrize(("name", "layers"), [("stories260K", 5), ("makemore_lmj9", 4)])
-def test_trained_checkpoints_of_others(
-    name: str, layers: int, run_pytest: Callable[..., Any], tmp_path: Path
-) -> None:
-    done = run_pytest("--model", shared_checkpoint(name), "--store", tmp_path / "store")
-    assert done.returncode == 0, done.stdout
-    assert (
-        f"this one has {layers}"
-        in run_pytest(
-            "--model", shared_checkpoint(name), "--store", tmp_path / "store", "-rs"
-        ).stdout
-    )
+def test_trained_checkpoints_of_others(name: str, layers: int, audit: Callable[..., Audit]) -> None:
+    found = audit("--model", shared_checkpoint(name), "-rs")
+    assert found.exit == 0 and f"this one has {layers}" in found.output, found.output
 
 
 def test_block_0_of_makemore_shrinks_the_norm() -> None:
@@ -178,7 +166,7 @@ def test_pyargs_work_where_the_package_was_installed_from_a_clone(
 
 
 def test_a_record_of_the_bundled_model_is_held_to_its_bands(
-    run_pytest: Callable[..., Any], tmp_path: Path
+    audit: Callable[..., Audit], tmp_path: Path
 ) -> None:
     """A measurement asserted elsewhere is the same audit; other weights of that name are not."""
     path = tmp_path / "it.safetensors"
@@ -186,10 +174,8 @@ def test_a_record_of_the_bundled_model_is_held_to_its_bands(
     record.save(path)
 
     def outcome() -> dict[str, Any]:
-        asked = ("invariants/residual/test_growth_rate.py", "--record", path, "-q")
-        run_pytest(*asked, "--report", tmp_path / "report")
-        (row,) = read_rows([tmp_path / "report" / "rows.jsonl"])
-        return row
+        law = "invariants/residual/test_growth_rate.py"
+        return audit("--record", path, laws=law).row("residual/growth_rate")
 
     found = outcome()
     assert (found["outcome"], found["layers"]) == ("pass", [1, 13])

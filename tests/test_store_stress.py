@@ -55,10 +55,10 @@ def test_two_processes_measure_the_same_model_at_once(folder: Path, tmp_path: Pa
         "none",
     ]
     running = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert [process.returncode for process in running] == [0, 0], outputs
     (path,) = (tmp_path / "store" / "records").iterdir()
     assert Record.load(path).n_layers == 2
 
