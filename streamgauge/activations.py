@@ -12,6 +12,7 @@ import numpy as np
 
 from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.checkpoints.prompts import read_prompts
+from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.engine.forward import BATCH_TOKENS
 from streamgauge.engine.rows import prompts_for
 from streamgauge.errors import NotMeasured, UnknownModelError
@@ -65,7 +66,13 @@ def _compute(
     from streamgauge.engine.load import load_model
 
     model = Blockwise(load_model(checkpoint, device).mapped)
-    rows = prompts_for(model, checkpoint.folder, read_prompts(prompts), built_in=prompts is None)
+    rows = prompts_for(
+        model,
+        checkpoint.folder,
+        load_tokenizer(checkpoint.folder),
+        read_prompts(prompts),
+        built_in=prompts is None,
+    )
     try:
         bridge = build_bridge(model)
     except NoBridgeError as error:

@@ -23,7 +23,7 @@ from streamgauge.checkpoints.prompts import read_prompts
 from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.engine.accounts import Accounts
 from streamgauge.engine.forward import Group, Lacking, walk
-from streamgauge.engine.memory import reused
+from streamgauge.engine.memory import reused, searched_rarely
 from streamgauge.engine.rows import rows_for
 from streamgauge.errors import NotInstalledError, NotMeasured, PromptError, UnknownModelError
 from streamgauge.groups.patching import tasks_sha256
@@ -253,17 +253,19 @@ def _measure(asked: Asked, known: Record | None, digest: str | None = None) -> R
     from streamgauge.plan import make_plan
 
     checkpoint, texts, wanted, show = asked.checkpoint, asked.texts, asked.wanted, asked.show
-    with reused(), auditing(checkpoint.name) as audit, Accounts() as accounts:
+    with searched_rarely(), reused(), auditing(checkpoint.name) as audit, Accounts() as accounts:
         with accounts.of("loading"):
             _say_size(checkpoint, show)
             # Beside what follows: it reads the files from end to end, and needs one core only.
             hashing = None if digest else _hash(checkpoint)
             opened = load_model(checkpoint, asked.device)
-            beyond = _beyond(checkpoint, opened.mapped.model)
+            tokenizer = load_tokenizer(checkpoint.folder)  # once: a large one takes seconds
+            beyond = _beyond(checkpoint, tokenizer, opened.mapped.model)
             model = Blockwise(opened.mapped)
             layout = probe_layout(model)
         with accounts.of("prompts"):
-            rows, why = rows_for(model, checkpoint, texts, built_in=asked.built_in)
+            rows, why = rows_for(model, checkpoint, tokenizer, texts, built_in=asked.built_in)
+            del tokenizer  # its vocabulary takes memory
         reached = None
         if wanted.precision is not None and rows is not None and not isinstance(texts, Prompts):
             with accounts.of("sampling"):
@@ -388,11 +390,11 @@ def _beside(checkpoint: Checkpoint) -> list[str]:
     return pickles_that_differ(folder, files) + shards_that_differ(folder, files)
 
 
-def _beyond(checkpoint: Checkpoint, model: Any) -> list[str]:
+def _beyond(checkpoint: Checkpoint, tokenizer: Any, model: Any) -> list[str]:
     """One line where the tokenizer has tokens that the embedding has no row for."""
     if checkpoint.origin and checkpoint.origin.format == "GGUF":
         return []  # the file lists a token for each row; transformers adds what it misses there
-    tokenizer, rows = load_tokenizer(checkpoint.folder), model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
     return (
         [f"the tokenizer has token ids up to {largest}, the embedding {rows} rows"]

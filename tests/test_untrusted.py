@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import streamgauge
 from streamgauge.checkpoints.files import open_checkpoint, tensor_names
+from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.checkpoints.untrusted import refuse_counts
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
@@ -319,7 +320,8 @@ def _opened(folder: Path) -> None:
     with contextlib.suppress(StreamgaugeError):
         checkpoint = open_checkpoint(folder)
         model = Blockwise(load_model(checkpoint, "cpu").mapped)
-        prompts_for(model, checkpoint.folder, ["w1 w2", "w3"], built_in=True)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        prompts_for(model, checkpoint.folder, tokenizer, ["w1 w2", "w3"], built_in=True)
 
 
 def _fuzzed(

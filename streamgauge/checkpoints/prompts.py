@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.errors import PromptError
 from streamgauge.numerics.rows import Prompts
 
@@ -28,15 +27,15 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def tokenise(
-    folder: Path, texts: list[str], *, context: int, vocabulary: int, shorten: bool
+    tokenizer: Any, texts: list[str], *, context: int, vocabulary: int, shorten: bool
 ) -> Prompts | None:
-    """The prompts in the checkpoint's own tokens, BOS first where its tokenizer has one.
+    """The prompts in the tokens of a checkpoint's own tokenizer (`load_tokenizer`), BOS first where
+    it has one.
 
-    None where the folder has no tokenizer that can express the texts. Prompts longer than the
+    None where there is none, or it cannot express the texts. Prompts longer than the
     context are cut where `shorten` (the built-in set) and an error otherwise. Raises PromptError
     also for ids the embedding does not have.
     """
-    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return None
     try:
@@ -44,7 +43,8 @@ def tokenise(
         expresses = _expresses(tokenizer, texts, encoded)
     except Exception as error:
         raise PromptError(
-            f"the tokenizer in {folder} cannot be used ({type(error).__name__}: {error})."
+            f"the tokenizer in {tokenizer.name_or_path} cannot be used ({type(error).__name__}: "
+            f"{error})."
         ) from error
     if not expresses:
         return None

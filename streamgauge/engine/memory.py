@@ -1,7 +1,10 @@
-"""This process's memory: how much is its own, and when what is freed goes back to the system."""
+"""This process's memory: how much is its own, when what is freed goes back to the system, and when
+it is searched for cycles.
+"""
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ KEPT = 8 * 10**8  # bytes of its own that a process may have before it gives bac
 GROWN = 2**27  # and by how much more than the last time
 # From this size the C library maps a piece by itself: the most that it comes to by default.
 MAPPED = 2**25
+RARELY = 10_000  # as the garbage collector counts
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's mallopt counts
 
 
@@ -59,6 +63,21 @@ def reused() -> Iterator[None]:
         yield
     finally:
         _keep(2 * MAPPED)
+
+
+@contextlib.contextmanager
+def searched_rarely() -> Iterator[None]:
+    """Let Python look through old objects for cycles rarely, through young ones as ever.
+
+    Half a million objects of modules and configurations come, and stay, while a checkpoint is
+    opened; to look through all of them again and again takes a second.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*thresholds[:2], RARELY)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def _keep(free: int) -> None:

@@ -3,6 +3,7 @@ itself.
 """
 
 from pathlib import Path
+from typing import Any
 
 from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.checkpoints.prompts import tokenise
@@ -15,16 +16,18 @@ from streamgauge.numerics.rows import Prompts
 SAMPLED_PROMPTS, SAMPLED_LENGTH = 64, 16
 
 
-def prompts_for(model: Blockwise, folder: Path, texts: list[str], *, built_in: bool) -> Prompts:
-    """The prompts in a model's tokens, or text sampled from the model where its tokenizer cannot
-    write ours.
+def prompts_for(
+    model: Blockwise, folder: Path, tokenizer: Any, texts: list[str], *, built_in: bool
+) -> Prompts:
+    """The prompts in a model's tokens, or text sampled from the model where its tokenizer, if the
+    folder has one, cannot write ours.
 
     Raises PromptError where it cannot write the user's own, NotMeasured where the model gives no
     finite numbers.
     """
     config, vocabulary = model.mapped.model.config, model.vocabulary
     context = context_length(config)
-    prompts = tokenise(folder, texts, context=context, vocabulary=vocabulary, shorten=built_in)
+    prompts = tokenise(tokenizer, texts, context=context, vocabulary=vocabulary, shorten=built_in)
     if prompts is not None:
         return prompts
     if not built_in:
@@ -70,7 +73,12 @@ def sample(model: Blockwise, *, bos: int | None, length: int) -> Prompts:
 
 
 def rows_for(
-    model: Blockwise, checkpoint: Checkpoint, texts: list[str] | Prompts, *, built_in: bool
+    model: Blockwise,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    texts: list[str] | Prompts,
+    *,
+    built_in: bool,
 ) -> tuple[Prompts | None, str]:
     """Rows of token ids that this model can read, or why it cannot write any.
 
@@ -78,7 +86,8 @@ def rows_for(
     """
     if not isinstance(texts, Prompts):
         try:
-            return prompts_for(model, checkpoint.folder, texts, built_in=built_in), ""
+            folder = checkpoint.folder
+            return prompts_for(model, folder, tokenizer, texts, built_in=built_in), ""
         except NotMeasured as error:
             return None, str(error)
     largest = max(map(max, texts.rows))

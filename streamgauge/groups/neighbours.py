@@ -20,6 +20,7 @@ import numpy as np
 from streamgauge.checkpoints.files import Checkpoint
 from streamgauge.checkpoints.ordinary_text import ordinary_text
 from streamgauge.checkpoints.prompts import tokenise
+from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.checkpoints.untrusted import strange
 from streamgauge.engine.anatomy import first
 from streamgauge.engine.blockwise import Batch, Blockwise, grouped
@@ -102,7 +103,11 @@ def text_for(
             return source
         try:
             written = tokenise(
-                checkpoint.folder, pieces, context=length, vocabulary=model.vocabulary, shorten=True
+                load_tokenizer(checkpoint.folder),
+                pieces,
+                context=length,
+                vocabulary=model.vocabulary,
+                shorten=True,
             )
         except PromptError as error:  # our prompts may have done without such tokens
             return f"{source} cannot be given to it: {error}"

@@ -15,6 +15,7 @@ import torch
 
 from streamgauge.checkpoints.files import open_checkpoint
 from streamgauge.checkpoints.prompts import read_prompts
+from streamgauge.checkpoints.tokenizers import load_tokenizer
 from streamgauge.engine.blockwise import Blockwise
 from streamgauge.engine.load import load_model
 from streamgauge.engine.rows import rows_for
@@ -56,7 +57,13 @@ def losses(folder: Path, prompts: Path | None) -> tuple[np.ndarray, float]:
     """Losses summed by row of the first rows that candidates are raced on, and how many tokens."""
     checkpoint = open_checkpoint(folder)
     model = Blockwise(load_model(checkpoint, "cpu").mapped)
-    rows, _ = rows_for(model, checkpoint, read_prompts(prompts), built_in=prompts is None)
+    rows, _ = rows_for(
+        model,
+        checkpoint,
+        load_tokenizer(folder),
+        read_prompts(prompts),
+        built_in=prompts is None,
+    )
     assert rows is not None
     text = text_for(model, checkpoint, rows, built_in=prompts is None)
     assert not isinstance(text, str), text

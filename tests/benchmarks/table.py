@@ -72,10 +72,15 @@ def bare_minimum(folder: str, *samples: str) -> dict[str, float]:
     import transformers as tf
 
     from streamgauge.checkpoints.prompts import read_prompts, tokenise
+    from streamgauge.checkpoints.tokenizers import load_tokenizer
     from streamgauge.engine.forward import BATCH_TOKENS
 
     prompts = tokenise(
-        Path(folder), read_prompts(None), context=1024, vocabulary=50257, shorten=True
+        load_tokenizer(Path(folder)),
+        read_prompts(None),
+        context=1024,
+        vocabulary=50257,
+        shorten=True,
     )
     assert prompts is not None
     model = tf.AutoModelForCausalLM.from_pretrained(
@@ -283,6 +288,7 @@ def horizon_passes(folder: str) -> dict[str, float]:
 
     from streamgauge.checkpoints.files import open_checkpoint
     from streamgauge.checkpoints.prompts import read_prompts
+    from streamgauge.checkpoints.tokenizers import load_tokenizer
     from streamgauge.engine.blockwise import Blockwise
     from streamgauge.engine.clean_runs import CleanRuns, some_rows, token_losses
     from streamgauge.engine.forward import BATCH_TOKENS, PromptRun, walk
@@ -294,7 +300,13 @@ def horizon_passes(folder: str) -> dict[str, float]:
     from streamgauge.numerics.rows import Prompts
 
     model = Blockwise(load_model(open_checkpoint(folder), "cpu").mapped)
-    prompts = prompts_for(model, Path(folder), read_prompts(None), built_in=True)
+    prompts = prompts_for(
+        model,
+        Path(folder),
+        load_tokenizer(Path(folder)),
+        read_prompts(None),
+        built_in=True,
+    )
 
     prompts = Prompts([prompts.rows[row] for row in some_rows(prompts)], "benchmark", None)
 
