@@ -126,8 +126,11 @@ class Mapped:
                 self._change = change
                 self._refill(block)
 
-        held = {name: getattr(m, attr).data for m, attr, name in self._matrices[block]}
-        self._unchanged = {name: (own, torch.empty_like(own)) for name, own in held.items()}
+        places = self._matrices[block] if block is not None and self._holds[block] else []
+        self._unchanged = {
+            name: (own := getattr(m, attr).data, torch.empty(own.shape, device=own.device))
+            for m, attr, name in places
+        }
         try:
             yield use
         finally:
