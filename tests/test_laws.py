@@ -790,7 +790,7 @@ CONTROLS: list[tuple[str, str, Callable[[], Record], str]] = [
         "regression/verdict",
         "scaled",
         _of("any", "sketch/parameters", _one_larger, 16),
-        "verdicts other than identical, same weights | other weights: layer 3 mlp h.3.mlp.c_fc",
+        "verdicts that are not accepted | other weights: layer 3 mlp h.3.mlp.c_fc",
     ),
     (
         "regression/verdict",

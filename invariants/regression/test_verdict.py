@@ -26,7 +26,8 @@ def test_verdict(
     check(
         0.0 if found.passes(same) else 1.0,
         within=ALLOWED,
-        what=f"verdicts other than {', '.join(ACCEPTED[same])}:",
+        what="verdicts that are not accepted",
         of=found.says,
         details=[one.says for one in found.found],
+        says=f"{found.says}; accepted is {' or '.join(ACCEPTED[same])}",
     )
