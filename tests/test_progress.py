@@ -24,8 +24,13 @@ def ticking(clock: list[float], items: Iterator[int], seconds: float) -> None:
 
 
 def test_what_is_left_is_of_the_whole_audit(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        progress,
+        "PARTS",
+        {"blocks": 46.0, "predictions": 20.0, "screening repairs": 22.0, "racing repairs": 48.0},
+    )
     with progress.auditing("a-model") as audit:
         audit.parts = list(progress.PARTS)
         ticking(clock, progress.track(range(10), "blocks", True), 9.2)  # twice what PARTS say
