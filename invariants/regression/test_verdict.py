@@ -23,11 +23,13 @@ def test_verdict(
     record: Record, baseline: Record, contents: Contents, same: str | None, check
 ) -> None:
     found = judge(baseline, record, differences(baseline, record), *contents)
+    other = next((f"--same {one}" for one in ACCEPTED if one and found.passes(one)), None)
     check(
         0.0 if found.passes(same) else 1.0,
         within=ALLOWED,
         what="verdicts that are not accepted",
         of=found.says,
         details=[one.says for one in found.found],
-        says=f"{found.says}; accepted is {' or '.join(ACCEPTED[same])}",
+        says=f"{found.says}; accepted is {' or '.join(ACCEPTED[same])}"
+        + (f", and this with {other}" if other else ""),
     )
