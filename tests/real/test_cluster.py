@@ -91,7 +91,10 @@ def test_a_node_that_dies_costs_what_it_was_at(
         took = time.monotonic() - began
         print(f"\n{MODELS} records in {took:.0f} s, {again} begun again after a node was lost")
     second = list(measured(jobs, asked, ""))
-    assert sorted(second, key=lambda one: one.key) == [Arrival(job.key) for job in jobs]
+    known = {one.key: one.stored for one in found}
+    assert sorted(second, key=lambda one: one.key) == [
+        Arrival(job.key, stored=known[job.key]) for job in jobs
+    ]
     for folder in folders:  # and this machine finds them too
         key = asked.store.key(open_checkpoint(folder), None, "cpu")
         assert asked.store.find(key) is not None
@@ -109,6 +112,7 @@ def test_rows_are_those_of_an_audit_without_a_cluster(run_pytest: Running, tmp_p
         done = run_pytest(
             "invariants", *asked, *options, f"--store={tmp_path / name}",
             f"--report={tmp_path / name / 'report'}", "-q",
+            OMP_NUM_THREADS="1",  # as Ray gives tasks of one processor: sums have an order
         )  # fmt: skip
         assert done.returncode == 1, done.stdout + done.stderr
         lines = (tmp_path / name / "report" / "rows.jsonl").read_text().splitlines()
