@@ -321,10 +321,12 @@ def _measure_into_store(
     """
     from streamgauge.cluster import Asked, job_of, measured, measured_here
     from streamgauge.progress import track
-    from streamgauge.store import Store
+    from streamgauge.store import Store, prepare_folder
 
     if options.output is not None and options.output.is_file():
         raise SettingsError(f"{options.output} is a file; beside --store name a folder with -o.")
+    if options.output is not None:
+        prepare_folder(options.output, "the folder of records", "-o")
     asked = Asked(Store.at(options.store), opening, measuring)
     asked.store.prepare()
     jobs = [job_of(name, location(name), options.revision) for name in options.models]
@@ -348,9 +350,10 @@ def _measure_into_store(
 
 def _copy_by_name(keys: list[str], store: "Store", folder: Path) -> None:
     """Records of a store as FOLDER/NAME.safetensors: by their models, and revisions."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from streamgauge.record import Record
+
     taken: set[str] = set()
-    for key in keys:
+    for key in dict.fromkeys(keys):  # a model may have been named twice
         record = store.find(key)
         if record is None:
             continue  # somebody else has cleared the store meanwhile
@@ -358,7 +361,10 @@ def _copy_by_name(keys: list[str], store: "Store", folder: Path) -> None:
         plain = re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in named if part)).strip("-.")
         name = next(n for n in (plain, f"{plain}-{key[:8]}") if n not in taken)
         taken.add(name)
-        record.save(folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        if path.is_file():
+            Record.load(path)  # raises where somebody else's file would be overwritten
+        record.save(path)
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -172,6 +172,16 @@ def test_measure_takes_many_models_into_a_store(run_streamgauge: Running, tmp_pa
     named = {path.name: Record.load(path) for path in (tmp_path / "by name").iterdir()}
     assert named.keys() == {"m1.safetensors", "m2.safetensors"}
     assert named["m2.safetensors"].n_layers == 2
+    mine = tmp_path / "mine" / "m1.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("somebody's")
+    twice = ("measure", names[0], names[0], *asked[4:], "-o", mine.parent)
+    done = run_streamgauge(*twice)
+    assert done.returncode == 1 and mine.read_text() == "somebody's"
+    assert "Traceback" not in done.stderr
+    mine.unlink()
+    assert run_streamgauge(*twice).returncode == 0
+    assert [path.name for path in mine.parent.iterdir()] == ["m1.safetensors"]
     for wrong in (["-o", tmp_path / "r.safetensors"], []):
         done = run_streamgauge("measure", *names, *wrong)
         assert done.returncode == 4 and "--store" in done.stderr

@@ -65,8 +65,8 @@ def default_grid(n_layers: int) -> list[int]:
     nothing out.
 
     A horizon k > 0 costs 1 - k / n_layers of a forward pass, all together about 4.7; each an
-    unembedding besides. The shortest ones, which cost most, would say least: gpt2-xl's loss falls
-    from a fifth of its depth on, other models' later.
+    unembedding besides. The shortest ones cost most and would say least: gpt2-xl's loss, as
+    published, falls most between a fifth and half of its depth.
     """
     return sorted({round(fraction * n_layers) for fraction in FRACTIONS} | {n_layers + 1})
 
